@@ -1,0 +1,111 @@
+#!/usr/bin/env python3
+"""What the library supports, as the tables of README.md, read from the code.
+
+python scripts/supported_table.py            prints them
+python scripts/supported_table.py --write    puts them between the markers of README.md
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from fusedmoe import checks, schemes
+from fusedmoe.plan.planner import SUPPORTS
+from fusedmoe.spec.activation import REQUIRED, TABLE, Activation
+from fusedmoe.spec.layout import FP32_PRECISIONS, GATE_UP_LAYOUTS, WEIGHT_LAYOUTS
+from fusedmoe.spec.problem import Problem
+from fusedmoe.target import Target
+
+README = Path(__file__).parent.parent / "README.md"
+BEGIN, END = "<!-- supported:start -->", "<!-- supported:end -->"
+
+#: Devices to ask the planner about; the sizes are what such devices have.
+TARGETS = {
+    "NVIDIA sm_75": Target("nvidia", "sm_75", 75, 40, 65536),
+    "NVIDIA sm_80": Target("nvidia", "sm_80", 80, 108, 166912),
+    "NVIDIA sm_90": Target("nvidia", "sm_90", 90, 132, 232448),
+    "NVIDIA sm_100": Target("nvidia", "sm_100", 100, 148, 232448),
+    "AMD gfx942": Target("amd", "gfx942", 0, 304, 65536),
+    "Intel XPU": Target("intel", "xpu", 0, 64, 131072),
+    "CPU": Target("cpu"),
+    "CPU, Triton's interpreter": Target("cpu", interpret=True),
+}
+
+
+def _code(words: Iterable[object]) -> str:
+    return ", ".join(f"`{word}`" for word in words)
+
+
+def _types(dtypes: Iterable[torch.dtype]) -> str:
+    return _code(str(dtype).removeprefix("torch.") for dtype in dtypes)
+
+
+def _activation(name: str) -> str:
+    parameters = [
+        f"{parameter} {'required' if default is REQUIRED else 'optional' if default is None else f'= {default}'}"
+        for parameter, default in TABLE[name][1].items()
+    ]
+    return f"`{name}`" + (f" ({', '.join(parameters)})" if parameters else "")
+
+
+def _row(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _options() -> Iterable[str]:
+    yield _row("what", "accepted")
+    yield _row("---", "---")
+    for name in schemes.SCHEMES:
+        scheme = schemes.load(name)
+        bounds = ", ".join(f"`{dtype}` {scheme.TOLERANCE[dtype]:.1e}" for dtype in scheme.DTYPES)
+        yield _row(f"scheme `{name}`: types, with the relative error that the tests allow", bounds)
+    yield _row("products of float32", _code(FP32_PRECISIONS))
+    yield _row("activations, gated", ", ".join(_activation(n) for n, (arity, _) in TABLE.items() if arity == 2))
+    yield _row("activations, not gated", ", ".join(_activation(n) for n, (arity, _) in TABLE.items() if arity == 1))
+    yield _row("rows of `w13`", _code(GATE_UP_LAYOUTS))
+    yield _row("storage of experts", f"{_code(WEIGHT_LAYOUTS)}; any strides")
+    yield _row("router weights, biases", _types(checks._FLOATS))
+    yield _row("expert ids, expert map", f"{_types(checks._INTEGERS)}; an id without an expert adds nothing")
+    yield _row("experts per token", f"1 to {checks.MAX_TOP_K}")
+    yield _row("experts", f"1 to {checks.MAX_EXPERTS}")
+
+
+def _devices() -> Iterable[str]:
+    dtypes = tuple(dict.fromkeys(dtype for name in schemes.SCHEMES for dtype in schemes.load(name).DTYPES))
+    yield _row("device", *(f"backend `{name}`" for name in SUPPORTS))
+    yield _row(*["---"] * (len(SUPPORTS) + 1))
+    for device, target in TARGETS.items():
+        cells = []
+        for reasons in SUPPORTS.values():
+            taken = [dtype for dtype in dtypes if not reasons(_typical(dtype), target)]
+            cells.append(_code(taken) or "no")
+        yield _row(device, *cells)
+
+
+def _typical(dtype: str) -> Problem:
+    return Problem(
+        tokens=512, top_k=8, experts=128, hidden=2048, intermediate=768, dtype=dtype, activation=Activation("silu")
+    )
+
+
+def tables() -> str:
+    """Both tables, in Markdown."""
+    return "\n".join([*_options(), "", *_devices()])
+
+
+def replaced(readme: str) -> str:
+    """The README's text with fresh tables between its markers."""
+    before, rest = readme.split(BEGIN)
+    _, after = rest.split(END)
+    return f"{before}{BEGIN}\n{tables()}\n{END}{after}"
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["--write"]:
+        README.write_text(replaced(README.read_text(encoding="utf-8")), encoding="utf-8")
+    else:
+        print(tables())
