@@ -1,0 +1,70 @@
+"""Private or renamed symbols of torch and Triton, each with the version that retires the detour."""
+
+from __future__ import annotations
+
+import contextlib
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+
+try:
+    import triton.language as tl
+    from triton import jit
+except ImportError:  # no Triton on this machine: device functions stay plain Python that nobody calls
+    tl = None
+
+    def jit(function: Any) -> Any:
+        """Stand in for ``triton.jit``, so that a scheme's torch half can be used without Triton."""
+        return function
+
+
+__all__ = ["device_guard", "jit", "teach_interpreter_bfloat16", "tl"]
+
+_HERE: AbstractContextManager[None] = contextlib.nullcontext()
+
+
+def device_guard(device: torch.device) -> AbstractContextManager[object]:
+    """Make ``device`` current around a launch: Triton launches on the current device whatever the tensors say."""
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        return torch.cuda.device(device)
+    if device.type == "xpu":
+        return torch.xpu.device(device)
+    return _HERE
+
+
+def teach_interpreter_bfloat16() -> None:
+    """Let Triton's interpreter compute in bfloat16 as a device does.
+
+    The interpreter (3.5 to 3.7) keeps bfloat16 as uint16 bit patterns; its ``tl.dot`` multiplies those, and its
+    cast from float32 truncates. Here the dot widens them to float32 first, which is exact, and the cast rounds
+    to nearest even. Retire when the interpreter does both.
+    """
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    dot, cast = InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl
+    if getattr(dot, "_fusedmoe", False):
+        return
+
+    def widen(handle: TensorHandle) -> TensorHandle:
+        if handle.dtype.scalar != tl.bfloat16:
+            return handle
+        return TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+    def create_dot(self: Any, a: TensorHandle, b: TensorHandle, *rest: Any) -> TensorHandle:
+        return dot(self, widen(a), widen(b), *rest)
+
+    def cast_impl(self: Any, src: TensorHandle, dst_type: Any) -> TensorHandle:
+        if src.dtype.scalar != tl.float32 or dst_type.scalar != tl.bfloat16:
+            return cast(self, src, dst_type)
+        bits = np.ascontiguousarray(src.data, np.float32).view(np.uint32)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        quiet = (bits >> 16) | 0x40  # rounding must not turn a NaN into infinity
+        return TensorHandle(np.where(np.isnan(src.data), quiet, rounded).astype(np.uint16), tl.bfloat16)
+
+    create_dot._fusedmoe = True  # type: ignore[attr-defined]
+    InterpreterBuilder.create_dot = create_dot
+    # The casting methods look cast_impl up on the instance, so replacing it here reaches all of them.
+    InterpreterBuilder.cast_impl = cast_impl

@@ -1,0 +1,46 @@
+"""The only reader of the environment: typed, read once at first use, printed by ``fusedmoe env``."""
+
+from __future__ import annotations
+
+import functools
+import os
+from dataclasses import dataclass
+
+from fusedmoe.errors import OptionError, explain
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of this process.
+
+    Attributes:
+        backend: ``FUSEDMOE_BACKEND``: "auto", or the backend that every call uses unless it names one.
+        shared_memory_cap: ``FUSEDMOE_SHARED_MEMORY_CAP``: bytes of shared memory a program may use, below what
+            the device offers; for machines that share a GPU, and for tests. None: the device's own limit.
+        interpret: ``TRITON_INTERPRET``: Triton kernels run on the CPU, in Triton's interpreter.
+    """
+
+    backend: str = "auto"
+    shared_memory_cap: int | None = None
+    interpret: bool = False
+
+
+def _integer(name: str) -> int | None:
+    text = os.environ.get(name)
+    if text is None or text == "":
+        return None
+    if not text.isdecimal() or int(text) == 0:
+        raise OptionError(
+            explain(f"environment variable {name}", got=repr(text), wanted="a positive integer", do="Unset or fix it.")
+        )
+    return int(text)
+
+
+@functools.cache
+def settings() -> Settings:
+    """The settings of this process."""
+    return Settings(
+        backend=os.environ.get("FUSEDMOE_BACKEND", "auto") or "auto",
+        shared_memory_cap=_integer("FUSEDMOE_SHARED_MEMORY_CAP"),
+        interpret=os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes"),
+    )

@@ -1,0 +1,65 @@
+"""Everything that decides how a call is run, as one hashable value."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fusedmoe.spec.activation import Activation
+from fusedmoe.spec.layout import Fp32Precision, GateUpLayout, Matrix
+
+#: Bytes per element of the types a layer can have; float32 first: the slowest and the most exact.
+ITEMSIZE: dict[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """Sizes (see the glossary in :mod:`fusedmoe.spec`), type, layout and options of one call."""
+
+    tokens: int
+    top_k: int
+    experts: int
+    hidden: int
+    intermediate: int
+    dtype: str
+    activation: Activation
+    scheme: str = "dense"
+    gate_up: GateUpLayout = "concatenated"
+    w13: Matrix = Matrix("K", True)
+    w2: Matrix = Matrix("K", True)
+    x_tma: bool = True
+    w13_bias: bool = False
+    w2_bias: bool = False
+    weight_on_input: bool = False
+    expert_map: bool = False
+    fp32_precision: Fp32Precision = "ieee"
+
+    @property
+    def slots(self) -> int:
+        """S = T * top_k."""
+        return self.tokens * self.top_k
+
+    @property
+    def w13_rows(self) -> int:
+        """Rows of w13: 2I when gated, else I."""
+        return self.intermediate * (2 if self.activation.gated else 1)
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an element of hidden states and intermediates."""
+        return ITEMSIZE[self.dtype]
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations of the two GEMMs, 2 per multiply-add."""
+        return 2 * self.slots * self.hidden * (self.w13_rows + self.intermediate)
+
+    @property
+    def active_experts(self) -> float:
+        """Expected number of distinct experts under uniform routing: E (1 - (1 - k/E)^T)."""
+        miss = max(0.0, 1.0 - self.top_k / self.experts)
+        return self.experts * (1.0 - miss**self.tokens)
+
+    @property
+    def weight_bytes(self) -> float:
+        """Expected bytes of the distinct experts' weights under uniform routing."""
+        return self.active_experts * self.hidden * (self.w13_rows + self.intermediate) * self.itemsize

@@ -1,0 +1,67 @@
+"""The machine that a call runs on: the only place that asks a driver."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from dataclasses import dataclass, replace
+
+import torch
+
+from fusedmoe.settings import settings
+
+
+@dataclass(frozen=True)
+class Target:
+    """Facts of a device that decide between kernels.
+
+    Attributes:
+        vendor: "nvidia", "amd", "intel", or "cpu".
+        arch: "sm_90", "gfx942", ...; "" where there is none.
+        capability: 10 * major + minor of an NVIDIA device, else 0.
+        n_sm: multiprocessors, compute units or Xe cores.
+        shared_bytes: shared memory that one program may use.
+        interpret: Triton's interpreter stands in for a GPU.
+        triton: the package triton is installed.
+    """
+
+    vendor: str
+    arch: str = ""
+    capability: int = 0
+    n_sm: int = 1
+    shared_bytes: int = 1 << 20
+    interpret: bool = False
+    triton: bool = True
+
+
+def _nvidia(index: int) -> Target:
+    properties = torch.cuda.get_device_properties(index)
+    # Older torch lacks the opt-in limit; then the limits of CUDA's programming guide stand in for it.
+    by_arch = {75: 65536, 80: 166912, 86: 101376, 87: 166912, 89: 101376, 90: 232448, 100: 232448, 103: 232448}
+    capability = 10 * properties.major + properties.minor
+    shared = getattr(properties, "shared_memory_per_block_optin", None) or by_arch.get(capability, 101376)
+    return Target("nvidia", f"sm_{capability}", capability, properties.multi_processor_count, int(shared))
+
+
+def _amd(index: int) -> Target:
+    properties = torch.cuda.get_device_properties(index)
+    arch = properties.gcnArchName.split(":")[0]
+    shared = 163840 if arch.startswith("gfx95") else 65536
+    return Target("amd", arch, 0, properties.multi_processor_count, shared)
+
+
+@functools.cache
+def target_of(device: torch.device) -> Target:
+    """The target behind a torch device; cached, since a device does not change."""
+    if device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+        found = _amd(index) if torch.version.hip else _nvidia(index)
+    elif device.type == "xpu":
+        properties = torch.xpu.get_device_properties(device)
+        found = Target("intel", "xpu", 0, max(1, properties.max_compute_units // 8), 131072)
+    else:
+        found = Target("cpu", interpret=settings().interpret)
+    cap = settings().shared_memory_cap or found.shared_bytes
+    return replace(
+        found, shared_bytes=min(cap, found.shared_bytes), triton=importlib.util.find_spec("triton") is not None
+    )
