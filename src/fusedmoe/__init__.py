@@ -1,0 +1,72 @@
+"""The experts of a mixture-of-experts layer as fused GPU kernels.
+
+Public names are loaded when first used, so that ``import fusedmoe`` costs nothing and needs no GPU.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fusedmoe import reference as reference
+    from fusedmoe.errors import (
+        CheckpointError as CheckpointError,
+        DeviceError as DeviceError,
+        DTypeError as DTypeError,
+        FusedMoEError as FusedMoEError,
+        GradientError as GradientError,
+        LayoutError as LayoutError,
+        MissingDependencyError as MissingDependencyError,
+        OptionError as OptionError,
+        ShapeError as ShapeError,
+        UnsupportedError as UnsupportedError,
+        WorkspaceError as WorkspaceError,
+    )
+    from fusedmoe.functional import fused_experts as fused_experts, workspace_bytes as workspace_bytes
+    from fusedmoe.nn import FusedExperts as FusedExperts
+    from fusedmoe.routers import (
+        TopK as TopK,
+        sigmoid_topk as sigmoid_topk,
+        softmax_topk as softmax_topk,
+        topk_softmax as topk_softmax,
+    )
+    from fusedmoe.spec.activation import Activation as Activation
+
+__version__ = "0.1.0.dev0"
+
+_WHERE = {
+    "Activation": "fusedmoe.spec.activation",
+    "CheckpointError": "fusedmoe.errors",
+    "DTypeError": "fusedmoe.errors",
+    "DeviceError": "fusedmoe.errors",
+    "FusedExperts": "fusedmoe.nn",
+    "FusedMoEError": "fusedmoe.errors",
+    "GradientError": "fusedmoe.errors",
+    "LayoutError": "fusedmoe.errors",
+    "MissingDependencyError": "fusedmoe.errors",
+    "OptionError": "fusedmoe.errors",
+    "ShapeError": "fusedmoe.errors",
+    "TopK": "fusedmoe.routers",
+    "UnsupportedError": "fusedmoe.errors",
+    "WorkspaceError": "fusedmoe.errors",
+    "fused_experts": "fusedmoe.functional",
+    "reference": "fusedmoe.reference",
+    "sigmoid_topk": "fusedmoe.routers",
+    "softmax_topk": "fusedmoe.routers",
+    "topk_softmax": "fusedmoe.routers",
+    "workspace_bytes": "fusedmoe.functional",
+}
+
+__all__ = sorted(_WHERE)
+
+
+def __getattr__(name: str) -> object:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'fusedmoe' has no attribute {name!r}; it has {', '.join(__all__)}")
+    module = importlib.import_module(_WHERE[name])
+    return module if name == "reference" else getattr(module, name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

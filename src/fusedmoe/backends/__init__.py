@@ -1,0 +1,20 @@
+"""Backends: each does the four steps of the layer its own way. Imported only when chosen."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, cast
+
+if TYPE_CHECKING:
+    from fusedmoe.backends.base import Backend
+
+#: backend name -> module, which satisfies :class:`fusedmoe.backends.base.Backend`.
+BACKENDS: dict[str, str] = {
+    "triton": "fusedmoe.backends.triton",
+    "torch": "fusedmoe.backends.torch",
+}
+
+
+def load(name: str) -> Backend:
+    """Import a backend's module."""
+    return cast("Backend", importlib.import_module(BACKENDS[name]))

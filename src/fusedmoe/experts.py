@@ -1,0 +1,29 @@
+"""The story of the layer. Everything else is a policy handed to it."""
+
+from __future__ import annotations
+
+import torch
+
+from fusedmoe import backends
+from fusedmoe.backends.workspace import Workspace
+from fusedmoe.plan.config import Plan
+from fusedmoe.spec.call import Call
+
+
+def run(call: Call, plan: Plan) -> torch.Tensor:
+    """Run a checked call the way ``plan`` says; returns ``call.out``, or a new tensor [T, H]."""
+    out = (
+        call.out
+        if call.out is not None
+        else torch.empty_like(call.hidden_states, memory_format=torch.contiguous_format)
+    )
+    if call.problem.tokens == 0:
+        return out
+    backend = backends.load(plan.backend)
+    layout = backend.workspace_layout(call.problem, plan)
+    work = Workspace(layout, call.hidden_states.device, call.workspace)
+    schedule = backend.route(call, plan, work)
+    hidden = backend.gate_up(call, plan, schedule, work)
+    rows = backend.down(call, plan, schedule, hidden, work)
+    backend.combine(call, plan, schedule, rows, work, out)
+    return out

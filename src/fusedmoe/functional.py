@@ -1,0 +1,147 @@
+"""The functional entry of the library."""
+
+from __future__ import annotations
+
+import torch
+
+from fusedmoe import (
+    backends,
+    experts,
+    torch_ops as _torch_ops,  # noqa: F401  registers torch.ops.fusedmoe
+)
+from fusedmoe.backends.workspace import layout_bytes
+from fusedmoe.checks import check
+from fusedmoe.plan.planner import choose
+from fusedmoe.spec.activation import Activation
+from fusedmoe.spec.layout import Fp32Precision, GateUpLayout, WeightLayout
+from fusedmoe.target import target_of
+
+
+def fused_experts(
+    hidden_states: torch.Tensor,
+    w13: torch.Tensor,
+    w2: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    *,
+    activation: str | Activation = "silu",
+    gate_up_layout: GateUpLayout = "concatenated",
+    weight_layout: WeightLayout = "NK",
+    w13_bias: torch.Tensor | None = None,
+    w2_bias: torch.Tensor | None = None,
+    apply_router_weight_on_input: bool = False,
+    expert_map: torch.Tensor | None = None,
+    global_num_experts: int | None = None,
+    fp32_precision: Fp32Precision = "ieee",
+    backend: str | None = None,
+    out: torch.Tensor | None = None,
+    workspace: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Run the experts of a mixture-of-experts layer.
+
+    With e the local expert of slot (t, j), f the activation and w = topk_weights::
+
+        out[t] = sum_j w[t, j] * (w2[e] @ f(w13[e] @ x[t] + w13_bias[e]) + w2_bias[e])
+
+    or, with ``apply_router_weight_on_input``,
+    ``sum_j w2[e] @ f(w[t, j] * (w13[e] @ x[t]) + w13_bias[e]) + w2_bias[e]``.
+    Products accumulate in float32; bias, activation and router weight are applied in float32; the
+    intermediate and each slot's row are rounded once to the type of ``hidden_states``, their sum once more.
+
+    Args:
+        hidden_states: [T, H] float32, float16 or bfloat16; any strides.
+        w13: [E, 2I, H], or [E, I, H] when the activation is not gated; type of hidden_states; any strides,
+            used where it lies, never copied.
+        w2: [E, H, I], likewise.
+        topk_weights: [T, top_k] float32, float16 or bfloat16.
+        topk_ids: [T, top_k] int32 or int64. An id outside [0, E) (outside the map, or mapped outside [0, E)) is an
+            absent expert: it adds nothing and reads nothing. An expert chosen twice by a token counts twice.
+        activation: a name or an :class:`Activation`; see there for the equations.
+        gate_up_layout: rows of w13 (and w13_bias): "concatenated" (gate rows, then up rows) or "interleaved".
+        weight_layout: "NK" as above, or "KN": w13 [E, H, 2I] and w2 [E, I, H] (Transformers' is_transposed).
+        w13_bias: [E, 2I] or [E, I], any float type.
+        w2_bias: [E, H], any float type.
+        apply_router_weight_on_input: see the equation.
+        expert_map: [E_global] int32 or int64, local id of each global expert or a negative number.
+        global_num_experts: length of expert_map, checked when given.
+        fp32_precision: products of float32 operands: "ieee", or "tf32" where the device has it.
+        backend: "auto", "triton" or "torch"; None takes the process's setting (FUSEDMOE_BACKEND).
+        out: [T, H], written and returned; may not share memory with hidden_states.
+        workspace: uint8 buffer of at least :func:`workspace_bytes`; None allocates it.
+
+    Returns:
+        [T, H] in the type of hidden_states.
+
+    Raises:
+        ShapeError, DTypeError, DeviceError, LayoutError, OptionError, WorkspaceError: an argument does not fit.
+        GradientError: grad mode is on and an argument requires grad; the layer computes no gradients.
+        UnsupportedError: no backend can run it; the message has every reason.
+
+    >>> import torch, fusedmoe
+    >>> x, w13, w2 = torch.randn(5, 64), torch.randn(4, 96, 64), torch.randn(4, 64, 48)
+    >>> topk = fusedmoe.softmax_topk(torch.randn(5, 4), top_k=2, renormalize=True)
+    >>> fusedmoe.fused_experts(x, w13, w2, topk.weights, topk.ids).shape
+    torch.Size([5, 64])
+    """
+    act = Activation.of(activation)
+    if torch.compiler.is_compiling():
+        result: torch.Tensor = torch.ops.fusedmoe.fused_experts(
+            hidden_states,
+            w13,
+            w2,
+            topk_weights,
+            topk_ids,
+            w13_bias,
+            w2_bias,
+            expert_map,
+            act.name,
+            act.alpha,
+            act.beta,
+            act.limit,
+            act.linear_beta,
+            gate_up_layout,
+            weight_layout,
+            apply_router_weight_on_input,
+            fp32_precision,
+            backend,
+        )
+        return result if out is None else out.copy_(result)
+    call = check(
+        hidden_states,
+        w13,
+        w2,
+        topk_weights,
+        topk_ids,
+        activation=act,
+        gate_up_layout=gate_up_layout,
+        weight_layout=weight_layout,
+        w13_bias=w13_bias,
+        w2_bias=w2_bias,
+        apply_router_weight_on_input=apply_router_weight_on_input,
+        expert_map=expert_map,
+        global_num_experts=global_num_experts,
+        fp32_precision=fp32_precision,
+        out=out,
+        workspace=workspace,
+    )
+    return experts.run(call, choose(call.problem, target_of(hidden_states.device), backend))
+
+
+def workspace_bytes(
+    hidden_states: torch.Tensor,
+    w13: torch.Tensor,
+    w2: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    *,
+    backend: str | None = None,
+    **options: object,
+) -> int:
+    """Bytes of workspace that :func:`fused_experts` needs for these arguments; depends on shapes alone.
+
+    It never shrinks when T grows within one backend's path, so the figure for the largest T serves all.
+    Takes the options of :func:`fused_experts`, and raises what it raises.
+    """
+    call = check(hidden_states, w13, w2, topk_weights, topk_ids, **options)  # type: ignore[arg-type]
+    plan = choose(call.problem, target_of(hidden_states.device), backend)
+    return layout_bytes(backends.load(plan.backend).workspace_layout(call.problem, plan))

@@ -1,0 +1,31 @@
+"""Sum the down-projected rows of a token: ``out[t] = sum_j y[t * top_k + j]`` over present experts.
+
+Grid: (T, blocks of H). (1) float32 sum in slot order, one rounding: the same bits in every run and for
+every batch. (2) Rows of absent experts are never read, so nothing unwritten can reach the output.
+(3) Every element of ``out`` is written: a token without a present expert gets +0.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fusedmoe.kernels.tiles import local_expert
+
+
+@triton.jit(do_not_specialize=["ids"])
+def combine(
+    ids, y_ptr, y_stride_row, out_ptr, out_stride_t, out_stride_h,
+    WAIT: tl.constexpr, H: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    WAIT()
+    token = tl.program_id(0)
+    h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    total = tl.zeros((BLOCK_H,), tl.float32)
+    for j in tl.static_range(ids.top_k):
+        slot = token * ids.top_k + j
+        present = local_expert(ids, slot, slot < ids.slots) >= 0
+        y = tl.load(y_ptr + slot.to(tl.int64) * y_stride_row + h, mask=(h < H) & present, other=0.0)
+        total += y.to(tl.float32)
+    address = out_ptr + token.to(tl.int64) * out_stride_t + h.to(tl.int64) * out_stride_h
+    tl.store(address, total.to(out_ptr.dtype.element_ty), mask=h < H)

@@ -1,0 +1,62 @@
+"""Loads of a K step of the left and the right operand: by pointer (any strides) or by tensor map (sm_90+).
+
+Left operand:  ``f(x, desc, index, live, row, k0, K, BLOCK_M, BLOCK_K) -> [BLOCK_M, BLOCK_K]``.
+Right operand: ``f(w, desc, expert, n0, k0, N, K, BLOCK_N, BLOCK_K, RAGGED) -> [BLOCK_K, BLOCK_N]``.
+
+Elements outside K are 0 on both sides; elements outside N, and rows that are not live, may be anything
+finite or not: a row or column of a product depends on no other, and neither is ever stored. RAGGED: the
+last block of columns reaches past N (or, of a concatenated w13, past the up rows).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def rows_by_pointer(x, desc, index, live, row, k0, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
+    k = k0 + tl.arange(0, BLOCK_K)
+    address = x.ptr + index.to(tl.int64)[:, None] * x.stride_row + k.to(tl.int64)[None, :] * x.stride_k
+    mask = live[:, None]
+    if K % BLOCK_K != 0:
+        mask = mask & (k < K)[None, :]
+    return tl.load(address, mask=mask, other=0.0)
+
+
+@triton.jit
+def rows_by_map(x, desc, index, live, row, k0, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
+    return desc.load([row, k0])
+
+
+@triton.jit
+def weight_by_pointer(
+    w, desc, expert, n0, k0, N: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    RAGGED: tl.constexpr,
+):  # fmt: skip
+    n = n0 + tl.arange(0, BLOCK_N)
+    k = k0 + tl.arange(0, BLOCK_K)
+    base = w.ptr + expert.to(tl.int64) * w.stride_e
+    address = base + n.to(tl.int64)[None, :] * w.stride_n + k.to(tl.int64)[:, None] * w.stride_k
+    if K % BLOCK_K != 0:
+        return tl.load(address, mask=(k < K)[:, None] & (n < N)[None, :], other=0.0)
+    elif RAGGED:
+        return tl.load(address, mask=(n < N)[None, :], other=0.0)
+    else:
+        return tl.load(address)
+
+
+@triton.jit
+def weight_by_map_nk(
+    w, desc, expert, n0, k0, N: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    RAGGED: tl.constexpr,
+):  # fmt: skip
+    return desc.load([expert * w.rows_per_expert + n0, k0]).T
+
+
+@triton.jit
+def weight_by_map_kn(
+    w, desc, expert, n0, k0, N: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    RAGGED: tl.constexpr,
+):  # fmt: skip
+    return desc.load([expert * w.rows_per_expert + k0, n0])

@@ -1,0 +1,81 @@
+"""Operands: pointers that travel with their strides. A field that may be None is pruned with ``is None``.
+
+Strides are in elements. Whatever the storage order, expert matrices are seen as [E, N, K]: storage
+[E, K, N] is the same operand with other strides, and interleaved gate/up rows are a row step of 2.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+
+class Ids(NamedTuple):
+    """The user's choice of experts. Slot ``s = t * top_k + j`` is the j-th choice of token t."""
+
+    ptr: object  #       [T, top_k] int32 or int64; anything outside [0, n_global) is an absent expert
+    stride_t: object
+    stride_j: object
+    map_ptr: object  #   [n_global] int32 or int64, local id or negative; or None
+    n_global: object
+    n_local: object  #   E
+    top_k: object  #     constexpr
+    slots: object  #     S, never specialised on
+
+
+class Schedule(NamedTuple):
+    """Live slots sorted by expert, and the tiles that cover them; written by kernels/routing.py."""
+
+    slot: object  #        [S] int32: slot of a sorted row
+    offset: object  #      [E + 1] int32: first row of an expert
+    tile_expert: object  # [n_tiles] int32
+    tile_row: object  #    [n_tiles] int32: first row of a tile
+    n_tiles: object  #     [1] int32
+
+
+class Rows(NamedTuple):
+    """The left operand. ``per`` slots share a row of ``ptr`` (constexpr); None: one row per sorted row."""
+
+    ptr: Any  #          [rows, K]
+    stride_row: object
+    stride_k: object
+    per: object
+
+
+class Weight(NamedTuple):
+    """The right operand, seen as [E, N, K] whatever its storage."""
+
+    ptr: object
+    stride_e: object
+    stride_n: object
+    stride_k: object
+    rows_per_expert: object  # rows of a tensor map from one expert to the next
+    up: object  #              row of the first up row when gate and up are concatenated, else 0
+
+
+class Output(NamedTuple):
+    """Where a tile is stored: at its sorted row, or (``by_slot``, constexpr) at its slot."""
+
+    ptr: object  #       [S, columns], last dimension contiguous
+    stride_row: object
+    by_slot: object
+
+
+class Epilogue(NamedTuple):
+    """What an epilogue may read. Absent ones are None."""
+
+    bias: object  #      [E, N] any float
+    bias_stride_e: object
+    bias_stride_n: object
+    weight: object  #    [T, top_k] router weights, any float
+    weight_stride_t: object
+    weight_stride_j: object
+    top_k: object  #     constexpr
+
+
+class Parameters(NamedTuple):
+    """Parameters of an activation, constexpr; None where it has none."""
+
+    alpha: object
+    beta: object
+    limit: object
+    linear_beta: object

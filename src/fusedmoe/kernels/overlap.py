@@ -1,0 +1,29 @@
+"""How a launch meets its neighbours on the stream: policies WAIT and RELEASE of the kernels.
+
+With programmatic dependent launch (sm_90+) the next launch may start once every program of this one has
+released it, and must wait before it touches anything that this one, or an earlier launch of the layer, writes.
+Rule: every kernel waits before it releases. So when a launch starts, all but its direct predecessor are done.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl  # noqa: F401  Triton looks for it in every module of device code
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+
+@triton.jit
+def nothing():
+    """The stream orders the launches."""
+
+
+@triton.jit
+def wait():
+    """Block until the previous launch is complete and its writes are visible."""
+    gdc_wait()
+
+
+@triton.jit
+def release():
+    """Let the next launch start."""
+    gdc_launch_dependents()

@@ -1,0 +1,135 @@
+"""Sort the live slots by expert (stable in the slot) and cover them with tiles of BLOCK_M rows.
+
+Three launches, or one when all slots fit one chunk:
+
+* ``count``:   chunk c -> how many of its slots chose each expert;
+* ``offsets``: one program; turns counts into the first row of (chunk, expert), and writes the offsets;
+* ``scatter``: chunk c sorts its slots and writes them to their rows; programs also write the tiles.
+
+Invariants: (1) rows of expert e are ``offset[e] .. offset[e + 1]``, ordered by slot: no atomics, so two
+runs give the same bits. (2) Absent slots get no row. (3) sum over e of ceil(S_e / BLOCK_M) is at most
+ceil(S / BLOCK_M) + min(E, S), which bounds the tile table. Grid: one dimension.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fusedmoe.kernels.tiles import local_expert
+
+
+@triton.jit
+def _chunk_experts(ids, chunk, E: tl.constexpr, CHUNK: tl.constexpr):
+    """Expert of each slot of a chunk; E stands for absent, so that absent slots sort last."""
+    slot = chunk * CHUNK + tl.arange(0, CHUNK)
+    expert = local_expert(ids, slot, slot < ids.slots)
+    return slot, tl.where(expert >= 0, expert, E)
+
+
+@triton.jit
+def _count_experts(expert, E: tl.constexpr, E_PAD: tl.constexpr):
+    return tl.histogram(expert, E_PAD, mask=expert < E)
+
+
+@triton.jit
+def _write_tiles(
+    schedule, first_tile, E: tl.constexpr, E_PAD: tl.constexpr, TILES: tl.constexpr, BLOCK_M: tl.constexpr
+):
+    """Tiles ``first_tile ..`` of the table, found from the offsets of all experts."""
+    e = tl.arange(0, E_PAD)
+    start = tl.load(schedule.offset + e, mask=e < E, other=0)
+    end = tl.load(schedule.offset + e + 1, mask=e < E, other=0)
+    tiles = (end - start + BLOCK_M - 1) // BLOCK_M
+    last_tile = tl.cumsum(tiles, 0)
+    n_tiles = tl.sum(tiles)
+    tile = first_tile + tl.arange(0, TILES)
+    expert = tl.sum((last_tile[:, None] <= tile[None, :]).to(tl.int32), 0)
+    mine = e[:, None] == expert[None, :]
+    row = tl.sum(tl.where(mine, start[:, None] + (tile[None, :] - (last_tile - tiles)[:, None]) * BLOCK_M, 0), 0)
+    tl.store(schedule.tile_expert + tile, expert, mask=tile < n_tiles)
+    tl.store(schedule.tile_row + tile, row, mask=tile < n_tiles)
+
+
+@triton.jit
+def _store_offsets(schedule, total, E: tl.constexpr, E_PAD: tl.constexpr, BLOCK_M: tl.constexpr):
+    e = tl.arange(0, E_PAD)
+    end = tl.cumsum(total, 0)
+    tl.store(schedule.offset + e + 1, end, mask=e < E)
+    tl.store(schedule.offset, 0)
+    tl.store(schedule.n_tiles, tl.sum((total + BLOCK_M - 1) // BLOCK_M))
+    return end - total
+
+
+@triton.jit(do_not_specialize=["ids"])
+def count(ids, base, RELEASE: tl.constexpr, E: tl.constexpr, E_PAD: tl.constexpr, CHUNK: tl.constexpr):
+    RELEASE()
+    chunk = tl.program_id(0)
+    _, expert = _chunk_experts(ids, chunk, E, CHUNK)
+    e = tl.arange(0, E_PAD)
+    tl.store(base + chunk.to(tl.int64) * E + e, _count_experts(expert, E, E_PAD), mask=e < E)
+
+
+@triton.jit(do_not_specialize=["ids", "n_chunks"])
+def offsets(
+    ids, schedule, base, n_chunks,
+    WAIT: tl.constexpr, RELEASE: tl.constexpr,
+    E: tl.constexpr, E_PAD: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    WAIT()
+    RELEASE()
+    e = tl.arange(0, E_PAD)
+    total = tl.zeros((E_PAD,), tl.int32)
+    for c0 in range(0, n_chunks, BLOCK_C):
+        c = c0 + tl.arange(0, BLOCK_C)
+        address = base + c.to(tl.int64)[:, None] * E + e[None, :]
+        total += tl.sum(tl.load(address, mask=(c < n_chunks)[:, None] & (e < E)[None, :], other=0), 0)
+    start = _store_offsets(schedule, total, E, E_PAD, BLOCK_M)
+    for c0 in range(0, n_chunks, BLOCK_C):
+        c = c0 + tl.arange(0, BLOCK_C)
+        mask = (c < n_chunks)[:, None] & (e < E)[None, :]
+        address = base + c.to(tl.int64)[:, None] * E + e[None, :]
+        here = tl.load(address, mask=mask, other=0)
+        # What a slot of chunk c adds to its place in the sorted chunk to get its row: rows of its expert
+        # in earlier chunks, less the slots of smaller experts in this chunk.
+        smaller = tl.cumsum(here, 1) - here
+        earlier = tl.cumsum(here, 0) - here
+        tl.store(address, start[None, :] + earlier - smaller, mask=mask)
+        start += tl.sum(here, 0)
+
+
+@triton.jit(do_not_specialize=["ids", "n_chunks"])
+def scatter(
+    ids, schedule, base, n_chunks,
+    WAIT: tl.constexpr, RELEASE: tl.constexpr,
+    E: tl.constexpr, E_PAD: tl.constexpr, CHUNK: tl.constexpr, TILES: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    WAIT()
+    RELEASE()
+    program = tl.program_id(0)
+    if program < n_chunks:
+        _, expert = _chunk_experts(ids, program, E, CHUNK)
+        place = tl.arange(0, CHUNK)
+        key = tl.sort(expert * CHUNK + place)
+        expert = key // CHUNK
+        row = place + tl.load(base + program.to(tl.int64) * E + expert, mask=expert < E, other=0)
+        tl.store(schedule.slot + row, program * CHUNK + key % CHUNK, mask=expert < E)
+    _write_tiles(schedule, program * TILES, E, E_PAD, TILES, BLOCK_M)
+
+
+@triton.jit(do_not_specialize=["ids"])
+def route_one_chunk(
+    ids, schedule,
+    RELEASE: tl.constexpr,
+    E: tl.constexpr, E_PAD: tl.constexpr, CHUNK: tl.constexpr, TILES: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """Grid: one program. All of the above for S <= CHUNK."""
+    RELEASE()
+    _, expert = _chunk_experts(ids, 0, E, CHUNK)
+    _store_offsets(schedule, _count_experts(expert, E, E_PAD), E, E_PAD, BLOCK_M)
+    place = tl.arange(0, CHUNK)
+    key = tl.sort(expert * CHUNK + place)
+    tl.store(schedule.slot + place, key % CHUNK, mask=key < E * CHUNK)
+    tl.debug_barrier()  # the offsets written above are read back below
+    for first_tile in range(0, tl.load(schedule.n_tiles), TILES):
+        _write_tiles(schedule, first_tile, E, E_PAD, TILES, BLOCK_M)

@@ -1,0 +1,67 @@
+"""How a call is run: frozen values that print well."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+#: Most slots that the path without a schedule takes; also the width of its id vectors.
+FEW = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelConfig:
+    """One launch of the grouped GEMM. ``block_n`` counts output columns: a gated tile multiplies 2 block_n rows.
+
+    Attributes:
+        group_m: tiles that share a block of weights before the next block.
+        maps: the left / the right operand is loaded by tensor map ("none", "w", "xw").
+        programs_per_sm: 0 for one program per tile, else a persistent grid of n_sm times this many.
+        flatten: one software pipeline over the tiles of a persistent program.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    warps: int = 4
+    stages: int = 3
+    group_m: int = 1
+    maps: Literal["none", "w", "xw"] = "none"
+    programs_per_sm: int = 0
+    flatten: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class TritonPlan:
+    """The portable pipeline; both GEMMs share block_m.
+
+    Attributes:
+        few: no schedule: every program reads all ids and finds its own rows.
+        gather: copy the tokens into sorted rows first, so that gate-up loads them by tensor map.
+        overlap: a launch starts while the one before it ends, and waits on the device (programmatic dependent launch).
+        combine_block: output columns of a program of the last step.
+    """
+
+    few: bool
+    gather: bool
+    overlap: bool
+    gate_up: KernelConfig
+    down: KernelConfig
+    combine_block: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The backend that takes a problem, how, and what the others said.
+
+    Attributes:
+        backend: its name.
+        triton: its kernels, when it is a Triton backend.
+        why: reason of the choice, one line.
+        refused: backend -> every reason why it does not take this problem.
+    """
+
+    backend: str
+    triton: TritonPlan | None = None
+    why: str = ""
+    refused: tuple[tuple[str, tuple[str, ...]], ...] = ()

@@ -1,0 +1,88 @@
+"""Problem x Target -> Plan: the best backend that says yes, and why the others do not."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+from fusedmoe.errors import OptionError, UnsupportedError, explain
+from fusedmoe.plan.config import Plan
+from fusedmoe.plan.heuristics import triton_plan
+from fusedmoe.plan.validity import why_not
+from fusedmoe.settings import settings
+from fusedmoe.spec.problem import Problem
+from fusedmoe.target import Target
+
+
+def _torch(problem: Problem, target: Target) -> list[str]:
+    """PyTorch's own kernels take every problem."""
+    return []
+
+
+def _triton(problem: Problem, target: Target) -> list[str]:
+    reasons = []
+    if not target.triton:
+        reasons.append("the package triton is not installed")
+    if target.vendor == "cpu" and not target.interpret:
+        reasons.append("Triton has no CPU target (TRITON_INTERPRET=1 runs it in its interpreter, for tests)")
+    if target.vendor == "nvidia" and target.capability < 75:
+        reasons.append(f"{target.arch} is older than sm_75")
+    if target.vendor == "nvidia" and target.capability < 80 and problem.dtype == "bfloat16":
+        reasons.append(f"{target.arch} has no bfloat16 arithmetic (sm_80 and newer have)")
+    if not reasons:
+        plan = triton_plan(problem, target)
+        gated = problem.activation.gated
+        for name, config, wide, w in (
+            ("gate-up", plan.gate_up, gated, problem.w13),
+            ("down", plan.down, False, problem.w2),
+        ):
+            reasons += [f"{name}: {reason}" for reason in why_not(config, problem, target, gated=wide, w=w)]
+    return reasons
+
+
+#: Backends, best first: name -> every reason why it cannot take a problem, none when it can.
+SUPPORTS: dict[str, Callable[[Problem, Target], list[str]]] = {"triton": _triton, "torch": _torch}
+
+
+def support(problem: Problem, target: Target) -> dict[str, tuple[str, ...]]:
+    """Every backend with every reason why it does not take the problem."""
+    return {name: tuple(reasons(problem, target)) for name, reasons in SUPPORTS.items()}
+
+
+def choose(problem: Problem, target: Target, backend: str | None = None) -> Plan:
+    """The plan for a problem; ``backend`` None takes the process's setting, any but "auto" must be able to take it.
+
+    Raises:
+        OptionError: no backend of that name.
+        UnsupportedError: none can, or the named one cannot; every reason of every backend is in the message.
+    """
+    return _choose(problem, target, settings().backend if backend is None else backend)
+
+
+@functools.lru_cache(maxsize=4096)
+def _choose(problem: Problem, target: Target, backend: str) -> Plan:
+    if backend != "auto" and backend not in SUPPORTS:
+        raise OptionError(
+            explain(
+                "backend", got=repr(backend), wanted=f"'auto' or one of {', '.join(SUPPORTS)}", do="See fusedmoe env."
+            )
+        )
+    refused: list[tuple[str, tuple[str, ...]]] = []
+    for name, reasons in SUPPORTS.items():
+        if backend not in ("auto", name):
+            continue
+        if why := tuple(reasons(problem, target)):
+            refused.append((name, why))
+            continue
+        kernels = triton_plan(problem, target) if name == "triton" else None
+        asked = "asked for" if backend == name else "the first in order of speed that takes it"
+        return Plan(backend=name, triton=kernels, why=asked, refused=tuple(refused))
+    listing = "; ".join(f"{name}: {', '.join(why)}" for name, why in refused)
+    raise UnsupportedError(
+        explain(
+            "no backend takes this call" if backend == "auto" else f"backend {backend!r} does not take this call",
+            got=listing,
+            wanted="a backend without reasons against it",
+            do="Use backend='torch', which runs everywhere.",
+        )
+    )
