@@ -1,0 +1,261 @@
+"""Read the experts, the router or the embedding of a Hugging Face checkpoint, and nothing else.
+
+A checkpoint is a directory with ``config.json`` and either ``model.safetensors`` or
+``model.safetensors.index.json`` with its shards. The layer is found by its tensors, not by its model type,
+so any prefix before ``layers.<n>.`` will do. These namings are known (``w1``, ``gate_proj``: gate; ``w3``,
+``up_proj``: up; ``w2``, ``down_proj``: down)::
+
+    experts.<e>.w1.weight, .w3.weight, .w2.weight                     [I, H], [I, H], [H, I]
+    experts.<e>.gate_proj.weight, .up_proj.weight, .down_proj.weight  [I, H], [I, H], [H, I]
+    experts.<e>.up_proj.weight, .down_proj.weight   (not gated)       [I, H], [H, I]
+    experts.gate_up_proj, experts.down_proj [, ..._bias]              [E, 2I, H], [E, H, I] or both transposed
+    block_sparse_moe.input_linear.weight, .output_linear.weight       [E, 2I, H], [E, H, I]
+
+A checkpoint is somebody else's file. Nothing in it is executed, pickles are not opened, files outside the
+directory are not followed, and a tensor next to the experts that is not understood is an error: leaving it
+out would give numbers that look right. Needs ``pip install "fusedmoe[cli]"`` for safetensors.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
+
+import torch
+
+from fusedmoe.checkpoint import models
+from fusedmoe.checkpoint.files import EMBEDDING, FLOATS, LAYER, error, open_checkpoint, some
+from fusedmoe.checkpoint.models import RoutingRule
+from fusedmoe.checkpoint.stored import stored_experts
+from fusedmoe.errors import CheckpointError, DTypeError, ShapeError, explain
+from fusedmoe.spec.activation import Activation
+from fusedmoe.spec.layout import GateUpLayout, WeightLayout
+
+if TYPE_CHECKING:
+    from fusedmoe.routers import TopK
+
+__all__ = ["ExpertsCheckpoint", "Router", "RoutingRule", "read_embedding", "read_experts", "read_router"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Router(RoutingRule):
+    """The router of one layer: ``logits = hidden_states @ weight.T + bias``, then the rule.
+
+    Attributes:
+        weight: [E, H]; float32 when the model computes its logits in float32 whatever its own type.
+        bias: [E] in the type of weight, or None.
+        correction_bias: [E] float32, added to the scores for the choice only, or None.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None = None
+    correction_bias: torch.Tensor | None = None
+
+    def __call__(self, hidden_states: torch.Tensor) -> TopK:
+        """Route hidden_states [..., H]: weights float32 [T, top_k] and ids int64 [T, top_k], T = product of ``...``.
+
+        Weights stay in float32, where some models round theirs to the type of the hidden states.
+
+        Raises:
+            ShapeError: the last dimension is not H.
+        """
+        from fusedmoe import routers
+
+        hidden = self.weight.shape[1]
+        if hidden_states.shape[-1:] != (hidden,):
+            raise ShapeError(
+                explain(
+                    "hidden_states of the router",
+                    got=tuple(hidden_states.shape),
+                    wanted=f"(..., {hidden})",
+                    do="Pass the hidden states of the model that the router was read from.",
+                )
+            )
+        states = hidden_states.reshape(-1, hidden).to(self.weight.dtype)
+        logits = torch.nn.functional.linear(states, self.weight, self.bias)
+        if self.kind == "sigmoid":
+            return routers.sigmoid_topk(
+                logits,
+                self.top_k,
+                correction_bias=self.correction_bias,
+                n_group=self.n_group,
+                topk_group=self.topk_group,
+                renormalize=self.renormalize,
+                routed_scaling_factor=self.routed_scaling_factor,
+            )
+        if self.kind == "softmax":
+            choice = routers.softmax_topk(logits, self.top_k, renormalize=self.renormalize)
+        else:
+            choice = routers.topk_softmax(logits, self.top_k)
+        return choice._replace(weights=choice.weights * self.routed_scaling_factor)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ExpertsCheckpoint:
+    """The experts of one layer, with the options that :func:`fusedmoe.fused_experts` needs for them.
+
+    Attributes:
+        w13: [E, 2I, H] ([E, I, H] when not gated), or [E, H, 2I] when weight_layout is "KN".
+        w2: [E, H, I], or [E, I, H] when weight_layout is "KN".
+        w13_bias: [E, 2I] or None.
+        w2_bias: [E, H] or None.
+        activation, gate_up_layout, weight_layout, apply_router_weight_on_input: options of fused_experts.
+        top_k: experts per token, None when config.json does not say.
+        router: how the layer routes, None when that is not known (see :func:`read_router`).
+    """
+
+    w13: torch.Tensor
+    w2: torch.Tensor
+    w13_bias: torch.Tensor | None
+    w2_bias: torch.Tensor | None
+    activation: Activation
+    gate_up_layout: GateUpLayout
+    weight_layout: WeightLayout
+    apply_router_weight_on_input: bool
+    top_k: int | None
+    router: RoutingRule | None
+
+
+def read_experts(
+    directory: str | os.PathLike[str],
+    layer: int,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+) -> ExpertsCheckpoint:
+    """Read the routed experts of one layer; see the module for the namings.
+
+    Only tensors of these experts are read, one expert at a time into the result, so that the peak is the
+    result and one matrix. Fused tensors keep their layout; separate ones become "NK", "concatenated".
+
+    Args:
+        directory: of the checkpoint.
+        layer: number of the layer, as it stands in the tensor names.
+        dtype: float32, float16, bfloat16 or float64; as stored when None.
+        device: where the result lies.
+
+    Raises:
+        CheckpointError: the directory, a file, a tensor or the configuration is missing, broken, inconsistent,
+            quantised or not understood; the layer does not exist or has no experts.
+        DTypeError: dtype is not one of the above.
+        MissingDependencyError: safetensors is not installed.
+    """
+    _check_dtype(dtype)
+    with open_checkpoint(directory) as files:
+        config = files.config
+        models.refuse_quantised(config)
+        stored = stored_experts(files, files.block(layer))
+        activation = models.activation_of(config, gated=stored.gated)
+        tensors = {
+            role: torch.empty(shape, dtype=dtype or stored.dtype, device=device)
+            for role, shape in stored.shapes.items()
+        }
+        for piece in stored.pieces:
+            files.copy(piece.name, tensors[piece.role][piece.expert][piece.rows], part=piece.part)
+    model_type = models.model_type_of(config)
+    try:
+        rule = models.rule_of(config)
+    except CheckpointError:  # the experts are usable with any routing; read_router says what is wrong
+        rule = None
+    return ExpertsCheckpoint(
+        w13=tensors["w13"],
+        w2=tensors["w2"],
+        w13_bias=tensors.get("w13_bias"),
+        w2_bias=tensors.get("w2_bias"),
+        activation=activation,
+        gate_up_layout="interleaved" if model_type in models.INTERLEAVED else "concatenated",
+        weight_layout=stored.weight_layout,
+        apply_router_weight_on_input=model_type in models.WEIGHT_ON_INPUT,
+        top_k=models.integer(config, models.TOP_K),
+        router=rule,
+    )
+
+
+def read_router(
+    directory: str | os.PathLike[str],
+    layer: int,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+) -> Router:
+    """Read the router of one layer, to be called with hidden states.
+
+    Args:
+        directory, layer, device: as in :func:`read_experts`.
+        dtype: of weight and bias; as stored when None. Models that route in float32 get float32 regardless.
+
+    Raises:
+        CheckpointError: as :func:`read_experts`; or the routing of this model type is not known.
+        DTypeError, MissingDependencyError: as :func:`read_experts`.
+    """
+    _check_dtype(dtype)
+    with open_checkpoint(directory) as files:
+        block = files.block(layer)
+        rule = models.rule_of(files.config)
+        name = files.first(block, ("gate.weight", "router.weight", "router.layer.weight"))
+        if name is None:
+            raise error(
+                f"no router weight in layer {layer} of {files.directory}",
+                got=f"neither {block}gate.weight nor {block}router.weight",
+                wanted="one tensor [E, H]",
+                do="Route with your own logits through fusedmoe.routers.",
+            )
+        if models.family_of(files.config).float32:
+            dtype = torch.float32
+        weight = files.tensor(name, (None, None), dtype, device)
+
+        def vector(names: tuple[str, ...], dtype: torch.dtype) -> torch.Tensor | None:
+            found = files.first(block, names)
+            return None if found is None else files.tensor(found, weight.shape[:1], dtype, device)
+
+        return Router(
+            **{field.name: getattr(rule, field.name) for field in fields(rule)},
+            weight=weight,
+            bias=vector(("gate.bias", "router.bias"), weight.dtype),
+            correction_bias=vector(
+                ("gate.e_score_correction_bias", "e_score_correction_bias", "experts.e_score_correction_bias"),
+                torch.float32,
+            ),
+        )
+
+
+def read_embedding(
+    directory: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+) -> torch.Tensor:
+    """Read the input embedding [V, H]: rows of real values to try a layer with.
+
+    Args:
+        directory, dtype, device: as in :func:`read_experts`.
+
+    Raises:
+        CheckpointError: as :func:`read_experts`; or not exactly one tensor has the name of an embedding.
+        DTypeError, MissingDependencyError: as :func:`read_experts`.
+    """
+    _check_dtype(dtype)
+    with open_checkpoint(directory) as files:
+        # DeepSeek-V3 repeats the embedding in its last layer, which predicts further tokens.
+        names = [name for name in files.names if EMBEDDING.search(name) and not LAYER.match(name)]
+        if len(names) != 1:
+            raise error(
+                f"embedding of {files.directory}",
+                got=some(names) or "no tensor of a known name",
+                wanted="one tensor ...embed_tokens.weight (or wte, word_embeddings, embeddings, tok_embeddings)",
+                do="Pass your own hidden states instead.",
+            )
+        return files.tensor(names[0], (None, None), dtype, device)
+
+
+def _check_dtype(dtype: torch.dtype | None) -> None:
+    if dtype is not None and dtype not in FLOATS.values():
+        raise DTypeError(
+            explain(
+                "dtype to read as",
+                got=dtype,
+                wanted=", ".join(str(d) for d in FLOATS.values()),
+                do="Leave it out to keep the type that is stored.",
+            )
+        )

@@ -1,0 +1,214 @@
+"""Safetensors files and JSON of a directory, read with suspicion."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fusedmoe.errors import CheckpointError, MissingDependencyError, explain
+
+#: Types that are read; every other type is taken for a quantised one.
+FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
+
+CONVERT_AGAIN = "Download or convert the checkpoint again."
+LAYER = re.compile(r"^(?:.*\.)?(?:layers|h|blocks)\.(\d{1,6})\.")
+#: Ends where the names of routed experts begin; "shared_experts." are none, because of the dot before.
+_BLOCK = re.compile(r"\.(?:(?=experts\.)|block_sparse_moe\.(?=input_linear\.))")
+EMBEDDING = re.compile(r"(?:^|\.)(?:embed_tokens|wte|word_embeddings|embeddings|tok_embeddings)\.weight$")
+
+
+def error(what: str, *, got: object, wanted: object, do: str) -> CheckpointError:
+    """A :class:`CheckpointError` with a composed message, to be raised by the caller."""
+    return CheckpointError(explain(what, got=got, wanted=wanted, do=do))
+
+
+def some(names: Iterable[object], limit: int = 4) -> str:
+    """The first names, and how many more."""
+    texts = [str(name) for name in names]
+    return ", ".join(texts[:limit]) + (f" and {len(texts) - limit} more" if len(texts) > limit else "")
+
+
+def _ranges(numbers: Iterable[int]) -> str:
+    """1, 2, 3, 7 as "1-3, 7"."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as cause:
+        raise error(f"cannot read {path}", got=cause, wanted="a JSON object", do=CONVERT_AGAIN) from cause
+    if not isinstance(value, dict):
+        raise error(f"content of {path}", got=type(value).__name__, wanted="a JSON object", do=CONVERT_AGAIN)
+    return value
+
+
+class Files:
+    """The tensors of a directory by name; a file is opened when the first tensor in it is asked for."""
+
+    def __init__(self, directory: Path, stack: ExitStack) -> None:
+        self.directory = directory
+        self._stack = stack
+        self._handles: dict[str, Any] = {}
+        if not directory.is_dir():
+            raise error(
+                "checkpoint",
+                got=f"{directory}, which is no directory",
+                wanted="a directory with config.json and *.safetensors",
+                do="Pass the local path of a downloaded model, not its name on a hub.",
+            )
+        config = _json_object(directory / "config.json")
+        nested = config.get("text_config")
+        self.config: dict[str, Any] = {**config, **nested} if isinstance(nested, dict) else config
+        self._file_of = self._find_files()
+
+    def _find_files(self) -> dict[str, str]:
+        single, index = self.directory / "model.safetensors", self.directory / "model.safetensors.index.json"
+        if single.exists():
+            with _broken_file(single):
+                return dict.fromkeys(self._handle(single.name).keys(), single.name)
+        if not index.exists():
+            pickles = [path.name for path in sorted(self.directory.glob("*.bin"))]
+            raise error(
+                f"no safetensors weights in {self.directory}",
+                got=some(pickles) or "no weights",
+                wanted=f"{single.name} or {index.name}",
+                do="Pickled weights are never opened, as they can run code: convert them to safetensors."
+                if pickles
+                else CONVERT_AGAIN,
+            )
+        files = _json_object(index).get("weight_map")
+        if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
+            raise error(f"weight_map of {index}", got=type(files).__name__, wanted="names of files", do=CONVERT_AGAIN)
+        for file in set(files.values()):
+            # Bare names only. The path is not resolved: a hub cache keeps links to files elsewhere, on purpose.
+            if not re.fullmatch(r"[^/\\:\0]+\.safetensors", file):
+                raise error(
+                    f"weight_map of {index} names a file outside of the directory, or of another kind",
+                    got=repr(file),
+                    wanted="the bare name of a .safetensors file beside the index",
+                    do="Do not use this checkpoint unless you trust where it comes from and know why.",
+                )
+        return files
+
+    def _handle(self, file: str) -> Any:
+        """To be called under :func:`_broken_file`."""
+        if file not in self._handles:
+            handle = _safetensors().safe_open(self.directory / file, framework="pt", device="cpu")
+            self._handles[file] = self._stack.enter_context(handle)
+        return self._handles[file]
+
+    @property
+    def names(self) -> Iterable[str]:
+        """All tensor names."""
+        return self._file_of.keys()
+
+    def under(self, prefix: str) -> list[str]:
+        """Tensor names that start with prefix."""
+        return [name for name in self._file_of if name.startswith(prefix)]
+
+    def first(self, prefix: str, suffixes: Iterable[str]) -> str | None:
+        """The first of prefix + suffix that exists."""
+        return next((prefix + suffix for suffix in suffixes if prefix + suffix in self._file_of), None)
+
+    def header(self, name: str) -> tuple[tuple[int, ...], torch.dtype | None]:
+        """Shape and type of a tensor, None for a type that is not float; no data is read."""
+        file = self._file_of[name]
+        with _broken_file(self.directory / file):
+            tensor = self._handle(file).get_slice(name)
+            return tuple(tensor.get_shape()), FLOATS.get(tensor.get_dtype())
+
+    def copy(self, name: str, out: torch.Tensor, *, part: int | None = None) -> None:
+        """Copy a tensor, or ``tensor[part]``, into ``out`` of the same shape."""
+        file = self._file_of[name]
+        with _broken_file(self.directory / file):
+            handle = self._handle(file)
+            out.copy_(handle.get_tensor(name) if part is None else handle.get_slice(name)[part])
+
+    def tensor(
+        self, name: str, shape: tuple[int | None, ...], dtype: torch.dtype | None, device: str | torch.device
+    ) -> torch.Tensor:
+        """A tensor that must have this shape, with any size where it says None, in memory of its own."""
+        got, stored_dtype = self.header(name)
+        fits = len(got) == len(shape) and all(want in (None, size) for want, size in zip(shape, got, strict=True))
+        if not fits or stored_dtype is None:
+            raise error(
+                f"tensor {name}",
+                got=f"shape {got} of {stored_dtype or 'a type that is not float'}",
+                wanted=f"floats of shape {tuple('any' if want is None else want for want in shape)}",
+                do=CONVERT_AGAIN,
+            )
+        out = torch.empty(got, dtype=dtype or stored_dtype, device=device)
+        self.copy(name, out)
+        return out
+
+    def block(self, layer: int) -> str:
+        """Prefix of the names of one layer's mixture: what comes before ``experts.``."""
+        blocks: dict[int, set[str]] = {}
+        layers: set[int] = set()
+        for name in self._file_of:
+            if found := LAYER.match(name):
+                number = int(found[1])
+                layers.add(number)
+                # Heads that predict further tokens number their layers anew, from 0.
+                if (block := _BLOCK.search(name, found.end() - 1)) and "mtp" not in name.split("."):
+                    blocks.setdefault(number, set()).add(name[: block.end()])
+        if layer not in blocks:
+            raise error(
+                f"layer {layer} of {self.directory}",
+                got="a layer without routed experts" if layer in layers else "no such layer",
+                wanted=f"one of the layers with experts: {_ranges(blocks)}" if blocks else "a layer with experts",
+                do="Choose one of them." if blocks else "No layer here has experts under a known name.",
+            )
+        if len(blocks[layer]) > 1:
+            raise error(
+                f"layer {layer} of {self.directory} is not unique",
+                got=some(sorted(blocks[layer])),
+                wanted="one set of experts",
+                do="Save the language model alone, and read that.",
+            )
+        return next(iter(blocks[layer]))
+
+
+def _safetensors() -> Any:
+    try:
+        import safetensors
+    except ImportError as cause:
+        raise MissingDependencyError(
+            explain(
+                "reading a checkpoint",
+                got="no package safetensors",
+                wanted="safetensors >= 0.4",
+                do='Run pip install "fusedmoe[cli]".',
+            )
+        ) from cause
+    return safetensors
+
+
+@contextmanager
+def _broken_file(path: Path) -> Iterator[None]:
+    """Turn what safetensors raises on a missing or damaged file into a CheckpointError."""
+    try:
+        yield
+    except (_safetensors().SafetensorError, OSError) as cause:
+        raise error(f"cannot read {path}", got=cause, wanted="an intact safetensors file", do=CONVERT_AGAIN) from cause
+
+
+@contextmanager
+def open_checkpoint(directory: str | os.PathLike[str]) -> Iterator[Files]:
+    """Open a directory; the files that were opened on the way are closed at the end."""
+    with ExitStack() as stack:
+        yield Files(Path(directory), stack)

@@ -1,0 +1,190 @@
+"""What only config.json says: the activation of the experts and the rule of the router, by model type."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+from fusedmoe.checkpoint.files import CONVERT_AGAIN, error
+from fusedmoe.errors import CheckpointError, OptionError
+from fusedmoe.spec.activation import Activation
+
+#: config.hidden_act -> activation; the tanh names are one function in exact arithmetic.
+_ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_python": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_python_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "relu2": "relu2",
+}
+#: These declare hidden_act "silu" and compute (up + 1) * gate * sigmoid(alpha * gate).
+_SWIGLUOAI = {"gpt_oss", "openai_privacy_filter", "minimax_m3_vl"}
+#: Gate and up rows alternate; no tensor says so.
+INTERLEAVED = {"gpt_oss"}
+#: The routing weight multiplies the input of the experts, not their output.
+WEIGHT_ON_INPUT = {"llama4"}
+#: Experts that compute what no Activation describes: a norm after w2, a soft-capped gate.
+_OTHER_EXPERTS = {"muse_spark", "inkling2"}
+
+RouterKind = Literal["softmax", "sigmoid", "topk_softmax"]
+
+
+class _Family(NamedTuple):
+    """How a family of models routes. Keys of ``needs`` are taken from config.json, which must have them:
+    their defaults differ between models, so that none is guessed. Others are not read, as in the models' code.
+    """
+
+    kind: RouterKind
+    renormalize: bool = True
+    float32: bool = False  # logits are computed in float32 whatever the type of the model
+    needs: tuple[str, ...] = ()
+
+
+_DEEPSEEK_V3 = _Family(
+    "sigmoid", float32=True, needs=("n_group", "topk_group", "norm_topk_prob", "routed_scaling_factor")
+)
+#: As in the models' code in Transformers 5.23. A model type that is not here is refused: routers differ in
+#: details (a scale per expert, a soft cap, noise) that no tensor or configuration key betrays.
+_ROUTERS: dict[str, _Family] = {
+    **dict.fromkeys(
+        [
+            "deepseek_v3",
+            "deepseek_v32",
+            "dots1",
+            "exaone_moe",
+            "glm4_moe",
+            "glm4_moe_lite",
+            "glm4v_moe",
+            "glm_moe_dsa",
+            "kimi_k2",
+            "mimo_v2_flash",
+            "nemotron_h",
+            "solar_open",
+        ],
+        _DEEPSEEK_V3,
+    ),
+    **dict.fromkeys(["minimax", "mixtral", "qwen3_5_moe", "qwen3_vl_moe"], _Family("softmax")),
+    **dict.fromkeys(
+        ["flex_olmo", "olmoe", "qwen2_moe", "qwen3_moe", "qwen3_next"], _Family("softmax", needs=("norm_topk_prob",))
+    ),
+    "deepseek_v2": _Family("softmax", renormalize=False, float32=True, needs=("topk_method", "routed_scaling_factor")),
+    "jamba": _Family("softmax", renormalize=False),
+    "llama4": _Family("sigmoid", renormalize=False),
+    "minimax_m2": _Family("sigmoid"),
+    **dict.fromkeys(["gpt_oss", "granitemoe", "granitemoehybrid", "granitemoeshared"], _Family("topk_softmax")),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoutingRule:
+    """How router logits become a choice of experts and their weights.
+
+    ``kind`` "softmax": weights of the top_k largest of softmax(logits); "sigmoid": of sigmoid(logits), chosen
+    by groups and with a correction bias (DeepSeek-V3); "topk_softmax": softmax of the top_k largest logits.
+    Equations: :mod:`fusedmoe.routers`. The weights are multiplied by ``routed_scaling_factor``.
+    """
+
+    kind: RouterKind
+    top_k: int
+    renormalize: bool = True
+    n_group: int = 1
+    topk_group: int = 1
+    routed_scaling_factor: float = 1.0
+
+
+TOP_K = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_k")
+
+
+def integer(config: dict[str, Any], keys: Iterable[str]) -> int | None:
+    """The value of the first key that holds an integer above 0."""
+    values = (config.get(key) for key in keys)
+    return next((value for value in values if type(value) is int and value > 0), None)
+
+
+def model_type_of(config: dict[str, Any]) -> str:
+    """Without the suffix that the text part of a multimodal model has."""
+    return str(config.get("model_type")).removesuffix("_text")
+
+
+def refuse_quantised(config: dict[str, Any]) -> None:
+    """Raise when config.json says that the weights are quantised."""
+    if quantisation := config.get("quantization_config"):
+        method = quantisation.get("quant_method") if isinstance(quantisation, dict) else quantisation
+        raise quantised_error(f"quantization_config with method {method!r} in config.json")
+
+
+def activation_of(config: dict[str, Any], *, gated: bool) -> Activation:
+    """The activation of the experts."""
+    # Where a model has several of these keys, the special one is the one its code uses.
+    keys = ("mlp_hidden_act", "hidden_activation", "hidden_act")
+    name = next((config[key] for key in keys if config.get(key) is not None), None)
+    model_type, limit = model_type_of(config), config.get("swiglu_limit")
+    try:
+        if model_type in _SWIGLUOAI or name == "swigluoai":
+            return Activation("swigluoai", limit=limit or 7.0, alpha=config.get("swiglu_alpha") or 1.702)
+        plain = model_type not in _OTHER_EXPERTS and config.get("swiglu_limits") is None
+        if plain and isinstance(name, str) and name in _ACTIVATIONS:
+            return Activation(_ACTIVATIONS[name] + ("" if gated else "_no_mul"), limit=limit)
+    except OptionError as cause:
+        raise error("activation in config.json", got=cause, wanted="its parameters", do=CONVERT_AGAIN) from cause
+    raise error(
+        f"activation of the experts of model type {model_type!r}",
+        got=f"{name!r}, swiglu_limits {config.get('swiglu_limits')}",
+        wanted=f"one of {', '.join(_ACTIVATIONS)}, and experts that compute nothing else",
+        do="Build FusedExperts from tensors yourself, if an Activation describes these experts.",
+    )
+
+
+def family_of(config: dict[str, Any]) -> _Family:
+    """How models of this type route."""
+    # The words of DeepSeek-V3's own configuration, which models derived from it keep under names of their own.
+    if (config.get("scoring_func"), config.get("topk_method")) == ("sigmoid", "noaux_tc"):
+        return _DEEPSEEK_V3
+    model_type = model_type_of(config)
+    if model_type not in _ROUTERS:
+        raise error(
+            "router", got=f"model type {model_type!r}", wanted=f"one of {', '.join(sorted(_ROUTERS))}", do=_ROUTE
+        )
+    return _ROUTERS[model_type]
+
+
+_ROUTE = "Compute top-k weights and ids as the model does; fusedmoe.routers has the usual functions."
+
+
+def rule_of(config: dict[str, Any]) -> RoutingRule:
+    """The family's rule with this model's numbers."""
+    family = family_of(config)
+    if absent := [key for key in family.needs if key not in config]:
+        raise error("router in config.json", got=f"no {', '.join(absent)}", wanted="them", do=_ROUTE)
+    if config.get("topk_method") not in (None, "greedy") and family.kind == "softmax":
+        raise error("topk_method in config.json", got=repr(config["topk_method"]), wanted="'greedy'", do=_ROUTE)
+    top_k = integer(config, TOP_K)
+    if top_k is None:
+        raise error("top-k in config.json", got="none", wanted=f"an integer {TOP_K[0]}", do=_ROUTE)
+    said = {key: config[key] for key in family.needs if config[key] is not None}
+    factor = said.get("routed_scaling_factor", 1.0)
+    if not isinstance(factor, (int, float)):
+        raise error("routed_scaling_factor in config.json", got=repr(factor), wanted="a number", do=_ROUTE)
+    return RoutingRule(
+        kind=family.kind,
+        top_k=top_k,
+        renormalize=bool(said.get("norm_topk_prob", family.renormalize)),
+        n_group=integer(said, ("n_group",)) or 1,
+        topk_group=integer(said, ("topk_group",)) or 1,
+        routed_scaling_factor=float(factor),
+    )
+
+
+def quantised_error(got: str) -> CheckpointError:
+    """The error for a checkpoint whose experts are quantised."""
+    return error(
+        "quantised experts",
+        got=got,
+        wanted="float32, float16, bfloat16 or float64 weights",
+        do="This version reads unquantised checkpoints only: dequantise it, or take the original.",
+    )
