@@ -1,0 +1,137 @@
+"""Every Triton kernel, in the configurations the planner ships, compiled for every target. Needs no GPU."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from fusedmoe import experts
+from fusedmoe.backends import triton as backend
+from fusedmoe.checks import check
+from fusedmoe.plan.planner import choose, support
+from fusedmoe.plan.validity import shared_bytes
+from fusedmoe.settings import settings
+from fusedmoe.target import Target
+from fusedmoe.testing.codegen import compiling_for
+
+if settings().interpret:
+    pytest.skip("compiles, so TRITON_INTERPRET must not be set", allow_module_level=True)
+
+TARGETS = {
+    "sm_75": Target("nvidia", "sm_75", 75, 40, 65536),
+    "sm_80": Target("nvidia", "sm_80", 80, 108, 166912),
+    "sm_90": Target("nvidia", "sm_90", 90, 132, 232448),
+    "sm_100": Target("nvidia", "sm_100", 100, 148, 232448),
+    "gfx942": Target("amd", "gfx942", 0, 304, 65536),
+}
+#: (tokens, top_k, experts, hidden, intermediate): one for each form that the planner knows
+SHAPES = {
+    "few": (1, 8, 128, 2048, 768),
+    "16 rows": (32, 8, 128, 2048, 768),
+    "32 rows": (512, 8, 256, 7168, 256),
+    "64 rows": (512, 8, 128, 2048, 768),
+    "128 rows": (4096, 8, 256, 7168, 256),
+    "tall": (32768, 8, 128, 2048, 768),
+    "tall, ragged": (32768, 4, 128, 2880, 2880),
+    "tall, gathered": (16384, 2, 8, 4096, 14336),
+}
+
+
+def compile_layer(target: str, shape, dtype=torch.float16, monkeypatch=None, **options):
+    tokens, top_k, n_experts, hidden, intermediate = shape
+    gated = not str(options.get("activation", "")).endswith("_no_mul")
+    e = lambda *s: torch.empty(*s, dtype=dtype)  # noqa: E731
+    w13, w2 = e(n_experts, intermediate * (2 if gated else 1), hidden), e(n_experts, hidden, intermediate)
+    if options.get("weight_layout") == "KN":
+        w13, w2 = e(n_experts, hidden, w13.shape[1]), e(n_experts, intermediate, hidden)
+    ids = torch.zeros(tokens, top_k, dtype=torch.int64)
+    call = check(e(tokens, hidden), w13, w2, torch.empty(tokens, top_k), ids, **options)
+    plan = choose(call.problem, TARGETS[target], "triton")
+    monkeypatch.setattr(backend, "target_of", lambda device: TARGETS[target])
+    with compiling_for(target) as compiled:
+        experts.run(call, plan)
+    return call.problem, plan.triton, compiled
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("target", TARGETS)
+def test_no_spills_within_shared_memory(target, shape, monkeypatch):
+    problem, plan, compiled = compile_layer(target, SHAPES[shape], monkeypatch=monkeypatch)
+    names = [kernel.name for kernel in compiled]
+    route = [] if plan.few else ["route_one_chunk"] if problem.slots <= 1024 else ["count", "offsets", "scatter"]
+    assert names == route + ["gather"] * plan.gather + ["grouped_gemm", "grouped_gemm", "combine"]
+    for kernel in compiled:
+        assert kernel.stack_bytes == 0, kernel
+        assert kernel.shared_bytes <= TARGETS[target].shared_bytes, kernel
+    gate_up, down = (kernel for kernel in compiled if kernel.name == "grouped_gemm")
+    assert gate_up.shared_bytes <= shared_bytes(plan.gate_up, problem, gated=True)
+    assert down.shared_bytes <= shared_bytes(plan.down, problem, gated=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("target", TARGETS)
+def test_other_types(target, dtype, monkeypatch):
+    for shape in ("few", "64 rows", "tall"):
+        if target == "sm_75" and dtype == torch.bfloat16:
+            with pytest.raises(NotImplementedError, match="sm_75 has no bfloat16"):
+                compile_layer(target, SHAPES[shape], dtype, monkeypatch)
+            continue
+        _, _, compiled = compile_layer(target, SHAPES[shape], dtype, monkeypatch)
+        assert [k.name for k in compiled if k.stack_bytes] == []
+
+
+@pytest.mark.parametrize("options", [
+    {"gate_up_layout": "interleaved"},
+    {"weight_layout": "KN"},
+    {"activation": "swigluoai", "gate_up_layout": "interleaved", "weight_layout": "KN"},
+    {"activation": "gelu_tanh"},
+    {"activation": "relu2_no_mul"},
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_layouts_and_activations(target, options, monkeypatch):
+    for shape in ("few", "tall"):
+        _, _, compiled = compile_layer(target, SHAPES[shape], torch.bfloat16, monkeypatch, **options)
+        assert [k.name for k in compiled if k.stack_bytes] == []
+
+
+@pytest.mark.parametrize("shape", ["64 rows", "128 rows", "tall", "tall, ragged", "tall, gathered"])
+def test_hopper_multiplies_with_wgmma(shape, monkeypatch):
+    """WGMMA in flight, one group per product and K step: serialised, ptxas would put a wait behind each."""
+    _, plan, compiled = compile_layer("sm_90", SHAPES[shape], torch.bfloat16, monkeypatch)
+    gate_up, down = (kernel for kernel in compiled if kernel.name == "grouped_gemm")
+    for kernel, products, config in ((gate_up, 2, plan.gate_up), (down, 1, plan.down)):
+        assert kernel.count(r"HGMMA[.\w]*") == products * config.block_k // 16
+        assert kernel.count(r"HMMA[.\w]*") == 0
+        assert kernel.count(r"WARPGROUP\.ARRIVE") == products
+        if config.maps != "none":
+            assert kernel.count(r"UTMALDG[.\w]*") >= config.stages
+    assert all(kernel.count(r"ACQBULK") for kernel in compiled[1:]), "each launch waits for the one before it"
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_memory_cap_is_kept(target):
+    """Whatever a device offers, a configuration that fits is found: never an OutOfResources error."""
+    t = TARGETS[target]
+    for cap in (65536, 101376, 166912, 232448):
+        small = Target(t.vendor, t.arch, t.capability, t.n_sm, min(cap, t.shared_bytes))
+        for tokens, top_k, n_experts, hidden, intermediate in SHAPES.values():
+            for dtype in (torch.float16, torch.float32):
+                e = lambda *s: torch.empty(*s, dtype=dtype, device="meta")  # noqa: E731, B023
+                ids = torch.empty(tokens, top_k, dtype=torch.int32, device="meta")
+                weights = e(n_experts, 2 * intermediate, hidden), e(n_experts, hidden, intermediate)
+                problem = check(e(tokens, hidden), *weights, e(tokens, top_k), ids).problem
+                assert support(problem, small)["triton"] == ()
+                plan = choose(problem, small, "triton").triton
+                assert max(shared_bytes(plan.gate_up, problem, True), shared_bytes(plan.down, problem, False)) <= cap
+
+
+def test_tokens_do_not_make_variants(monkeypatch):
+    """What changes from call to call is never specialised on: any T of a path runs the same binaries."""
+    seen = {}
+    for tokens in (129, 131, 144, 160, 255):
+        _, _, compiled = compile_layer("sm_90", (tokens, 8, 128, 256, 128), torch.bfloat16, monkeypatch)
+        seen[tokens] = [kernel.asm["cubin"] for kernel in compiled]
+    first = seen[129]
+    assert all(math.prod(a == b for a, b in zip(first, s, strict=True)) for s in seen.values())

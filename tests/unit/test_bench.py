@@ -1,0 +1,136 @@
+"""The benchmark: what it measures is verified first, and what is wrong gets no figure."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from fusedmoe import bench as benchmark, functional
+from fusedmoe.bench import SHAPES, Row, bench, measure_ceilings, problem_of, read_peer, shape_of, time_us
+from fusedmoe.errors import OptionError, UnsupportedError
+from fusedmoe.plan.floor import Ceilings
+from fusedmoe.testing import verify as verifying
+from fusedmoe.testing.verify import relative_error, true_float32, verify
+
+CPU = torch.device("cpu")
+CEILINGS = Ceilings(bandwidth_gbps=10.0, tflops=0.1, launch_us=1.0)
+PEERS = sorted((Path(__file__).parents[2] / "benchmarks" / "peers").glob("*.json"))
+
+
+def rows(dtype=torch.bfloat16, tokens=(1, 5), **options) -> list[Row]:
+    return list(bench(shape_of("4,2,64,48"), tokens, dtype=dtype, device=CPU, ceilings=CEILINGS, **options))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_rows(dtype):
+    for row, n_tokens in zip(rows(dtype), (1, 5), strict=True):
+        assert (row.shape, row.tokens, row.backend) == ("4,2,64,48", n_tokens, "torch")
+        assert row.ok and 0 < row.error <= row.tolerance
+        assert row.tflops == pytest.approx(6 * n_tokens * 2 * 64 * 48 / row.us / 1e6)
+        assert row.times_floor == pytest.approx(row.us / row.floor_us)
+        assert row.distinct == 2 if n_tokens == 1 else 2 < row.distinct <= 4
+
+
+@pytest.mark.parametrize("plant", [lambda out: out * 1.1, lambda out: out.index_fill(1, torch.tensor([3]), math.nan)])
+def test_a_wrong_result_gets_no_figure(monkeypatch, plant):
+    right = functional.fused_experts
+    monkeypatch.setattr(functional, "fused_experts", lambda *a, **options: plant(right(*a, **options)))
+    for row in rows():
+        assert not row.ok and row.error > row.tolerance
+        assert row.us is None and row.tflops is None and row.times_floor is None
+
+
+def test_an_output_that_was_never_written_is_seen(monkeypatch):
+    monkeypatch.setattr(functional, "fused_experts", lambda *a, out, **options: out)
+    assert [row.error for row in rows()] == [math.inf, math.inf]
+
+
+def test_of_many_tokens_a_sample_is_verified(monkeypatch):
+    monkeypatch.setattr(verifying, "FULL", 16)
+    monkeypatch.setattr(verifying, "SAMPLE", 8)
+    w13, w2 = torch.randn(4, 96, 64) / 8, torch.randn(4, 64, 48) / 7
+    arguments = (torch.randn(17, 64), w13, w2, torch.rand(17, 2), torch.randint(4, (17, 2)))
+    out = functional.fused_experts(*arguments)
+    verdict = verify(out, arguments, {})
+    assert verdict.ok and verdict.rows == 8
+    assert not verify(out.flip(0), arguments, {}).ok
+
+
+def test_relative_error():
+    one = torch.ones(4)
+    assert relative_error(one, one) == 0.0
+    assert relative_error(one * 1.5, one) == pytest.approx(0.5)
+    assert relative_error(one, torch.zeros(4)) == math.inf
+    assert relative_error(one / 0, one) == math.inf
+    assert relative_error(torch.zeros(4), torch.zeros(4)) == 0.0
+    assert relative_error(torch.zeros(0, 3), torch.zeros(0, 3)) == 0.0
+
+
+def test_precision_of_float32_is_put_back():
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    with true_float32():
+        assert torch.backends.mkldnn.matmul.fp32_precision == "ieee"
+    assert torch.backends.mkldnn.matmul.fp32_precision == before
+
+
+def test_a_backend_that_does_not_take_the_call_is_an_error():
+    with pytest.raises(UnsupportedError, match="Triton has no CPU target"):
+        rows(backend="triton")
+
+
+def test_ceilings_of_the_cpu():
+    found = measure_ceilings(CPU, torch.float32)
+    assert 0.1 < found.bandwidth_gbps < 1e4 and 1e-4 < found.tflops < 1e3 and 0.1 < found.launch_us < 1e5
+
+
+def test_time_is_the_median_of_what_was_called():
+    calls = []
+    assert time_us(lambda: calls.append(1), CPU) < 1e5
+    assert 3 <= len(calls) - 2 <= benchmark.REPEATS
+
+
+def test_shapes():
+    assert shape_of("dsv3-tp8") is SHAPES["dsv3-tp8"]
+    for text in ("dsv3", "8,2,64", "8,2,64,0", "8,9,64,64", "a,b,c,d", ""):
+        with pytest.raises(OptionError, match=r"shape: got .*wanted mixtral-8x7b.*E,top_k,H,I"):
+            shape_of(text)
+
+
+@pytest.mark.parametrize(("weight_layout", "contiguous"), [("NK", "K"), ("KN", "N")])
+def test_problem_without_tensors(weight_layout, contiguous):
+    problem = problem_of(SHAPES["gpt-oss-120b"], 3, torch.float16, activation="swigluoai", weight_layout=weight_layout)
+    assert (problem.tokens, problem.experts, problem.top_k) == (3, 128, 4)
+    assert (problem.hidden, problem.intermediate, problem.w13_rows) == (2880, 2880, 5760)
+    assert problem.w13.contiguous == problem.w2.contiguous == contiguous
+    assert problem_of(shape_of("4,2,33,48"), 1, torch.bfloat16).w13.tma is False
+
+
+@pytest.mark.parametrize("path", PEERS, ids=lambda path: path.stem)
+def test_figures_of_peers_are_complete(path):
+    peer = read_peer(path)
+    assert len(peer.source) > 100 and peer.dtype in benchmark.DTYPES
+    assert {shape for shape, _ in peer.us} <= set(SHAPES)
+    assert all(us > 0 for us in peer.us.values())
+
+
+def test_figures_of_peers_that_cannot_be_read(tmp_path):
+    path = tmp_path / "peer.json"
+    good = {"name": "p", "device": "d", "dtype": "bfloat16", "source": "s", "us": {"4,2,64,48": {"1": 2.0}}}
+    path.write_text(json.dumps(good))
+    assert read_peer(path).us == {("4,2,64,48", 1): 2.0}
+    for text in (
+        "",
+        "[]",
+        json.dumps({**good, "us": [1]}),
+        json.dumps({"us": {}}),
+        json.dumps({**good, "us": {"a": 1}}),
+    ):
+        path.write_text(text)
+        with pytest.raises(OptionError, match="figures of a peer in .*benchmarks/peers"):
+            read_peer(path)
+    with pytest.raises(OptionError, match="FileNotFoundError"):
+        read_peer(tmp_path / "none.json")

@@ -1,0 +1,324 @@
+"""The command line: output, JSON and exit codes of every command."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("typer")
+pytest.importorskip("rich")
+from typer.testing import CliRunner
+
+from fusedmoe import bench as benchmark, cli, functional, selftest
+from fusedmoe.bench import SHAPES
+from fusedmoe.cli import environment, explanation, run as running
+from fusedmoe.cli.app import app
+from fusedmoe.cli.environment import VARIABLES
+from fusedmoe.cli.explanation import ARCHS
+from fusedmoe.plan.floor import Ceilings
+from fusedmoe.plan.planner import SUPPORTS
+from fusedmoe.settings import Settings
+
+H = 128
+
+
+def invoke(*arguments, code=0):
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == code, result.output + repr(result.exception)
+    return result
+
+
+def data(*arguments, code=0):
+    return json.loads(invoke(*arguments, code=code).stdout)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """On the CPU, also where there is a GPU; ceilings are measured in their own test."""
+    ceilings = Ceilings(bandwidth_gbps=10.0, tflops=0.1, launch_us=1.0)
+    for module in (benchmark, running, explanation):
+        monkeypatch.setattr(module, "measure_ceilings", lambda device, dtype: ceilings)
+    for module in (benchmark, environment, explanation):
+        monkeypatch.setattr(module, "default_device", lambda: torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def sample(tmp_path_factory):
+    pytest.importorskip("transformers")
+    from fusedmoe.cli.sample import write_sample
+
+    directory = tmp_path_factory.mktemp("qwen3-moe")
+    write_sample(directory)
+    return directory
+
+
+@pytest.fixture
+def plain(tmp_path):
+    """A checkpoint written by hand."""
+    safetensors = pytest.importorskip("safetensors.torch")
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*sizes, fan_in=1):
+        return torch.randn(sizes, generator=generator) / fan_in**0.5
+
+    experts = {
+        f"model.layers.3.mlp.experts.{e}.{name}.weight": draw(n, k, fan_in=k)
+        for e in range(4)
+        for name, n, k in (("gate_proj", 24, 32), ("up_proj", 24, 32), ("down_proj", 32, 24))
+    }
+    router = {"model.layers.3.mlp.gate.weight": draw(4, 32)}
+    embedding = {"model.embed_tokens.weight": draw(50, 32)}
+    directory = tmp_path / "plain"
+    directory.mkdir()
+    safetensors.save_file({**experts, **router, **embedding}, directory / "model.safetensors")
+    config = {"model_type": "qwen3_moe", "num_experts_per_tok": 2, "norm_topk_prob": True, "hidden_act": "silu"}
+    (directory / "config.json").write_text(json.dumps(config))
+    return directory
+
+
+def test_run_without_a_checkpoint_writes_one_and_says_so():
+    pytest.importorskip("transformers")
+    shown = invoke("run", "--tokens", 9).output
+    for words in ("none given", "Qwen3-MoE", "removed afterwards", "random", "backend", "floor", "tolerance", "right"):
+        assert words in shown
+
+
+def test_run_as_json(sample):
+    found = data("run", sample, "--tokens", 9, "--layer", 1, "--json")
+    assert (found["tokens"], found["experts"], found["top_k"], found["hidden"]) == (9, 16, 4, H)
+    assert (found["dtype"], found["backend"], found["reference"]) == ("bfloat16", "torch", "float64")
+    assert found["ok"] and 0 < found["error"] <= found["tolerance"]
+    assert found["times_floor"] == pytest.approx(found["us"] / found["floor_us"])
+    assert "Triton has no CPU target" in found["refused"]["triton"][0]
+
+
+def test_run_on_hidden_states_of_a_file(sample, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    from fusedmoe import FusedExperts, reference
+    from fusedmoe.checkpoint import read_router
+
+    hidden = torch.randn(2, 5, H)
+    save_file({"hidden_states": hidden, "other": torch.ones(1)}, tmp_path / "hidden.safetensors")
+    out = tmp_path / "out.safetensors"
+    found = data(
+        "run", sample, "--hidden", tmp_path / "hidden.safetensors", "--dtype", "fp32", "--output", out, "--json"
+    )
+    assert found["tokens"] == 10 and found["dtype"] == "float32" and found["output"] == str(out)
+    written = load_file(out)
+    assert torch.equal(written["hidden_states"], hidden.reshape(10, H))
+    layer = FusedExperts.from_checkpoint(sample, 0, dtype=torch.float32)
+    topk = read_router(sample, 0, dtype=torch.float32)(hidden)
+    assert torch.equal(written["topk_ids"], topk.ids)
+    want = reference.fused_experts(hidden.reshape(10, H), layer.w13, layer.w2, topk.weights, topk.ids)
+    assert (written["output"] - want).norm() < 1e-6 * want.norm()
+
+
+def test_run_on_text_without_a_tokenizer_takes_its_bytes(sample):
+    found = data("run", sample, "--text", "naïve", "--json")
+    assert found["tokens"] == 6 and "bytes are the ids" in found["hidden_states"]
+
+
+def test_run_on_text_with_the_tokenizer_of_the_checkpoint(plain):
+    tokenizers, transformers = pytest.importorskip("tokenizers"), pytest.importorskip("transformers")
+    words = tokenizers.models.WordLevel({"two": 7, "words": 8, "?": 0}, unk_token="?")
+    tokenizer = tokenizers.Tokenizer(words)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(plain)
+    found = data("run", plain, "--layer", 3, "--text", "two words more", "--json")
+    assert found["tokens"] == 3 and "the checkpoint's tokenizer" in found["hidden_states"]
+
+
+def test_run_that_is_wrong_exits_with_1(monkeypatch, plain):
+    right = running.fused_experts
+    monkeypatch.setattr(running, "fused_experts", lambda *a, **options: right(*a, **options) * 1.01)
+    assert "WRONG" in invoke("run", plain, "--layer", 3, code=1).stdout
+    assert data("run", plain, "--layer", 3, "--json", code=1)["ok"] is False
+    monkeypatch.setattr(running, "fused_experts", lambda *a, **options: right(*a, **options) / 0)
+    assert data("run", plain, "--layer", 3, "--json", code=1)["error"] is None  # JSON has no infinity
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--layer", 4], "layer 4"),
+        (["--layer", 3, "--text", "a"], "wanted the files of a tokenizer"),
+        (["--layer", 3, "--hidden", "none.safetensors"], "--hidden none.safetensors: got"),
+        (["--layer", 3, "--hidden", "a", "--text", "a"], "--hidden and --text: got both"),
+        (["--layer", 3, "--dtype", "fp8"], "dtype: got 'fp8'; wanted float32"),
+        (["--layer", 3, "--device", "abacus"], "--device: got 'abacus'"),
+        (["--layer", 3, "--backend", "triton"], "Triton has no CPU target"),
+        (["--layer", 3, "--backend", "abacus"], "backend: got 'abacus'"),
+        (["--layer", 3, "--output", "/nowhere/at/all"], "--output /nowhere/at/all: got"),
+    ],
+)
+def test_run_refuses_with_2_and_a_message(plain, options, message):
+    result = invoke("run", plain, *options, code=2)
+    assert message in result.stderr and "Traceback" not in result.output
+    assert result.stdout == ""
+
+
+def test_run_refuses_a_directory_that_is_no_checkpoint(tmp_path):
+    assert "config.json" in invoke("run", tmp_path, code=2).stderr
+    assert "wanted a directory" in invoke("run", tmp_path / "none", code=2).stderr
+
+
+def test_run_refuses_hidden_states_that_do_not_fit(plain, tmp_path):
+    from safetensors.torch import save_file
+
+    path = tmp_path / "hidden.safetensors"
+    for tensors, message in (
+        ({"x": torch.ones(2, 32)}, "got tensors ['x']"),
+        ({"hidden_states": torch.ones(2, 33)}, "(2, 33); wanted floating point, (..., 32)"),
+        ({"hidden_states": torch.ones(2, 32, dtype=torch.int64)}, "torch.int64"),
+    ):
+        save_file(tensors, path)
+        assert message in invoke("run", plain, "--layer", 3, "--hidden", path, code=2).stderr
+    path.write_bytes(b"not a tensor file")
+    assert "wanted a safetensors file" in invoke("run", plain, "--layer", 3, "--hidden", path, code=2).stderr
+
+
+def test_run_says_how_to_get_transformers(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert 'pip install "fusedmoe[transformers]"' in invoke("run", code=2).stderr
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("tokens", [1, 64, 8192])
+def test_explain_for_every_target(arch, tokens):
+    found = data("explain", "--shape", "qwen3-30b-a3b", "--tokens", tokens, "--arch", arch, "--json")
+    on_torch = arch in ("cpu", "sm_75")  # sm_75 has no bfloat16
+    assert found["backend"] == ("torch" if on_torch else "triton")
+    assert set(found["others"]) == set(SUPPORTS) - {found["backend"]} and all(found["others"].values())
+    kernels = [launch["kernel"] for launch in found["launches"]]
+    assert kernels[-1] == "combine" or on_torch
+    assert (found["workspace_bytes"] > 0) == (not on_torch)
+    assert (found["floor"] is not None) == (arch in ("cpu", "sm_90"))
+    if arch == "sm_90":
+        assert "nominal" in found["floor_source"]
+        assert len(kernels) == {1: 3, 64: 4, 8192: 6}[tokens]
+
+
+def test_explain_for_people():
+    sizes = ("--experts", 64, "--top-k", 8, "--hidden", 2880, "--intermediate", 2880)
+    kind = ("--activation", "swigluoai", "--weight-layout", "KN", "--dtype", "fp16")
+    shown = invoke("explain", *sizes, *kind, "--arch", "sm_90").output
+    for words in ("sm_90 (H200)", "swigluoai", "triton", "not torch", "workspace", "floor", "grouped_gemm", "block_m="):
+        assert words in shown
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "sizes of the layer"),
+        (["--experts", 8], "sizes of the layer"),
+        (["--shape", "mixtral-8x7b", "--hidden", 8], "sizes of the layer"),
+        (["--shape", "gpt-5"], "shape: got 'gpt-5'"),
+        (["--shape", "mixtral-8x7b", "--arch", "sm_1"], "--arch: got 'sm_1'"),
+        (["--shape", "mixtral-8x7b", "--activation", "tanh"], "unknown activation"),
+        (["--shape", "mixtral-8x7b", "--weight-layout", "KM"], "weight_layout: got 'KM'"),
+        (["--shape", "mixtral-8x7b", "--arch", "sm_75", "--backend", "triton"], "sm_75 has no bfloat16"),
+    ],
+)
+def test_explain_refuses_with_2_and_a_message(options, message):
+    assert message in invoke("explain", *options, code=2).stderr
+
+
+def test_env():
+    assert set(VARIABLES) == {field.name for field in dataclasses.fields(Settings)}
+    found = data("env", "--json")
+    assert torch.__version__.startswith(found["versions"]["torch"].partition("+")[0])
+    assert found["devices"][0]["device"] == "cpu" and found["devices"][0]["vendor"] == "cpu"
+    assert found["settings"]["backend"]["variable"] == "FUSEDMOE_BACKEND"
+    assert found["backends"]["torch"]["available"] is True
+    shown = invoke("env").output
+    for words in ("python", "triton", "FUSEDMOE_SHARED_MEMORY_CAP", "available"):
+        assert words in shown
+
+
+def test_check(monkeypatch):
+    good = selftest.Result(name="one", ok=True, error=1e-3, tolerance=1e-2)
+    bad = selftest.Result(name="two", ok=False, error=None, tolerance=None, detail="RuntimeError: [no] way")
+    monkeypatch.setattr(selftest, "selftest", lambda device, backend: iter([good]))
+    assert "1 of 1 passed on cpu" in invoke("check").stdout
+    monkeypatch.setattr(selftest, "selftest", lambda device, backend: iter([good, bad]))
+    shown = invoke("check", code=1).stdout
+    assert "FAIL" in shown and "RuntimeError: [no] way" in shown and "1 of 2 passed" in shown
+    found = data("check", "--json", code=1)
+    assert found["ok"] is False and [result["ok"] for result in found["results"]] == [True, False]
+
+
+def test_bench_beside_a_peer(tmp_path):
+    peer = tmp_path / "peer.json"
+    us = {"4,2,64,48": {"1": 1e9}}
+    peer.write_text(json.dumps({"name": "other", "device": "d", "dtype": "float32", "source": "a run", "us": us}))
+    common = ("bench", "--shape", "4,2,64,48", "--tokens", "1,3", "--dtype", "fp32", "--beside", peer)
+    found = data(*common, "--json", "-")
+    one, three = found["rows"]
+    assert one["peer_us"] == 1e9 and one["faster_than_peer"] == pytest.approx(1e9 / one["us"])
+    assert three["peer_us"] is None and three["faster_than_peer"] is None
+    assert found["beside"]["source"] == "a run" and found["ceilings"]["launch_us"] == 1.0
+    shown = invoke(*common, "--json", tmp_path / "rows.json").output
+    assert "other" in shown and "1000000000.00" in shown and "x floor" in shown
+    assert len(json.loads((tmp_path / "rows.json").read_text())["rows"]) == 2
+
+
+def test_bench_of_a_wrong_result_exits_with_1(monkeypatch):
+    right = functional.fused_experts
+    monkeypatch.setattr(functional, "fused_experts", lambda *a, **options: right(*a, **options) * 1.1)
+    shown = invoke("bench", "--shape", "4,2,64,48", "--tokens", "2", code=1).stdout
+    assert "WRONG" in shown and ">" in shown
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--shape", "x"], "shape: got 'x'"),
+        (["--tokens", "1,two"], "--tokens: got '1,two'"),
+        (["--beside", "none.json"], "figures of a peer"),
+        (["--dtype", "int4"], "dtype: got 'int4'"),
+        (["--shape", "4,2,64,48", "--backend", "triton", "--tokens", "1"], "Triton has no CPU target"),
+        (["--shape", "4,2,64,48", "--tokens", "1", "--json", "/nowhere/at/all"], "file /nowhere/at/all"),
+    ],
+)
+def test_bench_refuses_with_2_and_a_message(options, message):
+    assert message in invoke("bench", *options, code=2).stderr
+
+
+def test_bench_knows_the_shapes_by_name(monkeypatch):
+    asked = []
+    monkeypatch.setattr(benchmark, "bench", lambda shape, tokens, **options: asked.append((shape, tokens)) or [])
+    invoke("bench")
+    assert asked == [(shape, benchmark.TOKENS_CPU) for shape in SHAPES.values()]
+
+
+def test_help_and_usage():
+    shown = invoke("--help").output
+    for command in ("run", "explain", "env", "check", "bench"):
+        assert command in shown
+        assert "--json" in invoke(command, "--help").output
+    invoke("run", "--tokens", "none", code=2)
+    invoke("nothing", code=2)
+
+
+def test_main(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["fusedmoe", "env", "--json"])
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    assert not left.value.code and json.loads(capsys.readouterr().out)["versions"]
+    monkeypatch.setattr(sys, "argv", ["fusedmoe", "explain"])
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    assert left.value.code == 2 and capsys.readouterr().err.startswith("error: sizes")
+
+
+@pytest.mark.parametrize("package", ["typer", "rich"])
+def test_without_typer_or_rich_the_extra_is_named(monkeypatch, capsys, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    assert cli.main() == 2
+    said = capsys.readouterr().err
+    assert f"no package {package}" in said and 'pip install "fusedmoe[cli]"' in said

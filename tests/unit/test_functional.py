@@ -1,0 +1,270 @@
+"""The public function on the CPU: every error a caller can make, compilation, workspace, out."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch._dynamo.testing
+
+import fusedmoe
+from fusedmoe import reference
+from fusedmoe.errors import (
+    DeviceError,
+    DTypeError,
+    GradientError,
+    LayoutError,
+    OptionError,
+    ShapeError,
+    UnsupportedError,
+    WorkspaceError,
+)
+from fusedmoe.plan.planner import SUPPORTS
+from fusedmoe.testing.cases import ACTIVATIONS, Case, pairwise
+from fusedmoe.testing.verify import relative_error
+
+T, K, E, H, I = 6, 2, 4, 32, 24
+
+
+def arguments(**replace):
+    a = {
+        "hidden_states": torch.randn(T, H),
+        "w13": torch.randn(E, 2 * I, H),
+        "w2": torch.randn(E, H, I),
+        "topk_weights": torch.rand(T, K),
+        "topk_ids": torch.randint(E, (T, K)),
+    }
+    return {**a, **replace}
+
+
+#: what is wrong -> (arguments to replace, error, words that its message must contain)
+MISTAKES = {
+    "hidden states of three dimensions": (
+        {"hidden_states": torch.randn(2, 3, H)},
+        ShapeError,
+        ["hidden_states", "3 dimensions", "[T, H]", "flatten"],
+    ),
+    "hidden states no tensor": ({"hidden_states": [[1.0]]}, DTypeError, ["hidden_states", "list", "torch.Tensor"]),
+    "hidden states of integers": (
+        {"hidden_states": torch.ones(T, H, dtype=torch.int32)},
+        DTypeError,
+        ["hidden_states", "int32", "float32 or float16 or bfloat16"],
+    ),
+    "weights of another type": (
+        {"w13": torch.randn(E, 2 * I, H).bfloat16()},
+        DTypeError,
+        ["w13", "bfloat16", "float32", "autocast"],
+    ),
+    "quantised weights without scales": (
+        {"w2": torch.ones(E, H, I, dtype=torch.int8)},
+        DTypeError,
+        ["w2", "int8", "scales"],
+    ),
+    "w13 stored KN": ({"w13": torch.randn(E, H, 2 * I)}, ShapeError, ["w13", f"{H}", "weight_layout='KN'"]),
+    "w13 of two dimensions": ({"w13": torch.randn(2 * I, H)}, ShapeError, ["w13", "2 dimensions", "[E, 2I, H]"]),
+    "odd rows of a gated w13": ({"w13": torch.randn(E, 2 * I + 1, H)}, ShapeError, ["even", "gated", "_no_mul"]),
+    "no experts": ({"w13": torch.randn(0, 2 * I, H)}, ShapeError, ["0 experts", "1 to 4096"]),
+    "w2 of other experts": (
+        {"w2": torch.randn(E + 1, H, I)},
+        ShapeError,
+        ["w2", f"({E + 1}, {H}, {I})", "same experts"],
+    ),
+    "w2 transposed": ({"w2": torch.randn(E, I, H)}, ShapeError, ["w2", f"({E}, {I}, {H})", "weight_layout='KN'"]),
+    "bias of the wrong width": ({"w13_bias": torch.randn(E, I)}, ShapeError, ["w13_bias", f"({E}, {2 * I})"]),
+    "bias of the wrong type": ({"w2_bias": torch.ones(E, H).int()}, DTypeError, ["w2_bias", "int32"]),
+    "ids of floats": ({"topk_ids": torch.rand(T, K)}, DTypeError, ["topk_ids", "float32", "int32 or int64"]),
+    "ids of other tokens": ({"topk_ids": torch.zeros(T + 1, K).long()}, ShapeError, ["topk_ids", f"{T + 1} rows"]),
+    "ids of one dimension": ({"topk_ids": torch.zeros(T).long()}, ShapeError, ["topk_ids", "[T, top_k]"]),
+    "no choices": (
+        {"topk_ids": torch.zeros(T, 0).long(), "topk_weights": torch.rand(T, 0)},
+        ShapeError,
+        ["top_k = 0", "1 to 64"],
+    ),
+    "65 choices": (
+        {"topk_ids": torch.zeros(T, 65).long(), "topk_weights": torch.rand(T, 65)},
+        ShapeError,
+        ["top_k = 65", "1 to 64"],
+    ),
+    "router weights of another shape": (
+        {"topk_weights": torch.rand(T, K + 1)},
+        ShapeError,
+        ["topk_weights", "shape of topk_ids"],
+    ),
+    "unknown activation": ({"activation": "swish"}, OptionError, ["'swish'", "silu", "gelu_tanh"]),
+    "activation no name": ({"activation": 3}, OptionError, ["int", "fusedmoe.Activation"]),
+    "unknown gate/up layout": (
+        {"gate_up_layout": "split"},
+        OptionError,
+        ["gate_up_layout", "'split'", "'interleaved'"],
+    ),
+    "unknown weight layout": ({"weight_layout": "TN"}, OptionError, ["weight_layout", "'NK' or 'KN'"]),
+    "unknown precision": ({"fp32_precision": "bf16x3"}, OptionError, ["fp32_precision", "'ieee' or 'tf32'"]),
+    "unknown backend": ({"backend": "cuda"}, OptionError, ["backend", "'cuda'", "triton, torch"]),
+    "map of two dimensions": ({"expert_map": torch.zeros(2, 2).int()}, ShapeError, ["expert_map", "[E_global]"]),
+    "map of floats": ({"expert_map": torch.zeros(4)}, DTypeError, ["expert_map", "int32 or int64"]),
+    "map with steps": ({"expert_map": torch.zeros(16).int()[::2]}, LayoutError, ["expert_map", "contiguous"]),
+    "empty map": ({"expert_map": torch.zeros(0).int()}, ShapeError, ["expert_map", "no entries"]),
+    "map of another length": (
+        {"expert_map": torch.zeros(8).int(), "global_num_experts": 9},
+        OptionError,
+        ["global_num_experts", "8, the length"],
+    ),
+    "global experts without a map": ({"global_num_experts": 8}, OptionError, ["global_num_experts", "expert_map"]),
+    "out of another shape": ({"out": torch.empty(T, H + 1)}, ShapeError, ["out", f"({T}, {H})"]),
+    "out of another type": ({"out": torch.empty(T, H).half()}, DTypeError, ["out", "float16"]),
+    "out expanded": ({"out": torch.empty(1, H).expand(T, H)}, LayoutError, ["out", "memory of its own"]),
+    "weights on another device": (
+        {"w13": torch.empty(E, 2 * I, H, device="meta")},
+        DeviceError,
+        ["w13", "meta", "cpu", ".to("],
+    ),
+    "ids on another device": ({"topk_ids": torch.zeros(T, K, device="meta").long()}, DeviceError, ["topk_ids", "meta"]),
+    "workspace of another type": (
+        {"workspace": torch.empty(10)},
+        DTypeError,
+        ["workspace", "uint8", "workspace_bytes"],
+    ),
+    "workspace of two dimensions": (
+        {"workspace": torch.empty(2, 8, dtype=torch.uint8)},
+        WorkspaceError,
+        ["workspace", "(2, 8)"],
+    ),
+    "workspace on another device": (
+        {"workspace": torch.empty(8, dtype=torch.uint8, device="meta")},
+        DeviceError,
+        ["workspace", "meta"],
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_are_explained(mistake):
+    replace, error, words = MISTAKES[mistake]
+    with pytest.raises(error) as raised:
+        fusedmoe.fused_experts(**arguments(**replace))
+    assert isinstance(raised.value, fusedmoe.FusedMoEError)
+    for word in [*words, "got", "wanted"]:
+        assert word in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "words"),
+    [
+        ("gelu", {"limit": 1.0}, ["'gelu'", "no parameter 'limit'"]),
+        ("situ", {}, ["'situ'", "needs 'beta'"]),
+        ("silu", {"limit": -1.0}, ["limit", "-1.0", "above 0"]),
+        ("silu", {"limit": "7"}, ["limit", "'7'", "a number"]),
+        ("swigluoai", {"alpha": float("nan")}, ["alpha", "nan"]),
+        ("situ", {"beta": 0.0}, ["beta", "above 0"]),
+    ],
+)
+def test_activation_parameters_are_checked(name, parameters, words):
+    with pytest.raises(OptionError) as raised:
+        fusedmoe.Activation(name, **parameters)
+    for word in words:
+        assert word in str(raised.value)
+
+
+def test_out_may_not_be_the_input():
+    x = torch.randn(T, H)
+    with pytest.raises(LayoutError, match="shared with hidden_states"):
+        fusedmoe.fused_experts(**arguments(hidden_states=x, out=x))
+
+
+def test_gradients_are_refused_not_dropped():
+    for name in ("hidden_states", "w13", "w2", "topk_weights"):
+        a = arguments()
+        a[name].requires_grad_()
+        with pytest.raises(GradientError, match=f"{name} requires grad"):
+            fusedmoe.fused_experts(**a)
+        with torch.no_grad():
+            assert not fusedmoe.fused_experts(**a).requires_grad
+
+
+def test_a_backend_that_cannot_says_why():
+    with pytest.raises(UnsupportedError, match="Triton has no CPU target.*backend='torch'"):
+        fusedmoe.fused_experts(**arguments(), backend="triton")
+    assert list(SUPPORTS) == ["triton", "torch"]
+
+
+def test_workspace_too_small(monkeypatch):
+    from fusedmoe.backends import torch as backend
+
+    monkeypatch.setattr(backend, "workspace_layout", lambda *_: {"scratch": ((100,), torch.float32)})
+    assert fusedmoe.workspace_bytes(**arguments()) == 512
+    with pytest.raises(WorkspaceError, match="511 bytes.*at least 512 bytes"):
+        fusedmoe.fused_experts(**arguments(), workspace=torch.empty(511, dtype=torch.uint8))
+
+
+def test_no_tokens():
+    a = arguments(hidden_states=torch.randn(0, H), topk_ids=torch.zeros(0, K).long(), topk_weights=torch.rand(0, K))
+    assert fusedmoe.fused_experts(**a).shape == (0, H)
+    out = torch.empty(0, H)
+    assert fusedmoe.fused_experts(**a, out=out) is out
+
+
+GRID = pairwise(
+    {
+        "dtype": ["float32", "float16", "bfloat16"],
+        "activation": list(ACTIVATIONS),
+        "gate_up_layout": ["concatenated", "interleaved"],
+        "weight_layout": ["NK", "KN"],
+        "bias": [False, True],
+        "on_input": [False, True],
+        "mapped": [False, True],
+        "ids": ["uniform", "any", "one", "invalid", "absent"],
+        "id_dtype": ["int32", "int64"],
+        "router_dtype": ["float32", "float16", "bfloat16"],
+        "pad": [0, 3],
+    }
+)
+
+
+@pytest.mark.parametrize("row", range(len(GRID)))
+def test_default_backend_over_options(row):
+    case = Case(tokens=40, top_k=3, experts=7, hidden=33, intermediate=48, **GRID[row])
+    args, options = case.draw(seed=row)
+    out = torch.full((40, 33), float("nan"), dtype=args[0].dtype)
+    assert fusedmoe.fused_experts(*args, out=out, **options) is out
+    # The torch backend rounds the products to the type before bias and activation: one rounding more.
+    bound = {"float32": 2e-6, "float16": 2.0**-9, "bfloat16": 2.0**-6}[case.dtype]
+    assert relative_error(out, reference.fused_experts(*args, **options)) < bound, case
+
+
+@pytest.mark.parametrize("form", ["eager", "aot_eager"])
+def test_compiled_whole_with_dynamic_tokens(form):
+    options = {"activation": fusedmoe.Activation("swigluoai", limit=2.0), "gate_up_layout": "interleaved"}
+
+    def layer(x, w13, w2, weights, ids):
+        return fusedmoe.fused_experts(x * 2, w13, w2, weights, ids, **options) + 1
+
+    torch._dynamo.reset()
+    frames = torch._dynamo.testing.CompileCounterWithBackend(form)
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=frames)
+    with torch.no_grad():
+        for tokens in (5, 7, 17, 40):  # no other size is equal, or the compiler would tie the two together
+            a = list(arguments().values())
+            a[0], a[3], a[4] = torch.randn(tokens, H), torch.rand(tokens, K), torch.randint(E, (tokens, K))
+            assert torch.equal(compiled(*a), layer(*a))
+    assert frames.frame_count <= 2
+
+
+def test_operator_is_well_formed():
+    a = arguments()
+    act = fusedmoe.Activation("silu")
+    args = (
+        *a.values(),
+        None,
+        None,
+        None,
+        act.name,
+        None,
+        None,
+        None,
+        None,
+        "concatenated",
+        "NK",
+        False,
+        "ieee",
+        "auto",
+    )
+    torch.library.opcheck(torch.ops.fusedmoe.fused_experts.default, args)

@@ -1,0 +1,53 @@
+"""What an import costs, and what works where Triton is missing."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import fusedmoe
+
+SOURCE = str(Path(fusedmoe.__file__).parents[1])
+
+
+def python(code: str) -> str:
+    """Run code in a process of its own."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("FUSEDMOE_", "TRITON_"))}
+    environment["PYTHONPATH"] = SOURCE
+    command = [sys.executable, "-W", "error::DeprecationWarning:fusedmoe", "-c", code]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_import_of_the_package_loads_neither_torch_nor_triton():
+    loaded = python(
+        "import sys, fusedmoe\n"
+        "dir(fusedmoe), fusedmoe.__version__, fusedmoe.ShapeError\n"
+        "print(sorted({'torch', 'triton', 'numpy', 'transformers', 'typer', 'rich'} & set(sys.modules)))"
+    )
+    assert loaded.strip() == "[]"
+
+
+def test_the_torch_backend_and_checkpoints_load_no_optional_package():
+    loaded = python(
+        "import sys, fusedmoe, fusedmoe.nn, fusedmoe.checkpoint, fusedmoe.backends.torch, fusedmoe.plan.planner\n"
+        "print(sorted({'transformers', 'typer', 'rich', 'safetensors', 'fusedmoe.backends.triton'} & set(sys.modules)))"
+    )
+    assert loaded.strip() == "[]"
+
+
+def test_without_triton_the_layer_runs_on_the_torch_backend():
+    error = python(
+        "import sys\n"
+        "sys.modules['triton'] = None\n"  # import triton raises ImportError
+        "import torch, fusedmoe\n"
+        "x, w13, w2 = torch.randn(5, 8), torch.randn(3, 12, 8), torch.randn(3, 8, 6)\n"
+        "topk = fusedmoe.softmax_topk(torch.randn(5, 3), 2, renormalize=True)\n"
+        "expected = fusedmoe.reference.fused_experts(x, w13, w2, *topk)\n"
+        "for backend in ('torch', 'auto', None):\n"
+        "    out = fusedmoe.fused_experts(x, w13, w2, *topk, backend=backend)\n"
+        "    print(float((out - expected).abs().max() / expected.abs().max()))\n"
+    )
+    assert all(float(line) < 1e-5 for line in error.split()), error
+    assert len(error.split()) == 3
