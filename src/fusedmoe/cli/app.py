@@ -1,0 +1,269 @@
+"""The commands: options in, exit code out. What they do is in the modules beside this one and below."""
+
+from __future__ import annotations
+
+import json as json_module
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from fusedmoe.errors import FusedMoEError, OptionError, explain
+
+if TYPE_CHECKING:
+    import torch
+
+#: Exit codes beside 0.
+WRONG, REFUSED = 1, 2
+
+Device = Annotated[str | None, typer.Option(help="Where to run, as torch names it; the first GPU, else the CPU.")]
+Backend = Annotated[str | None, typer.Option(help="auto, triton or torch; FUSEDMOE_BACKEND when left out.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")]
+
+
+class _Commands(TyperGroup):
+    """An error of the library is a message on stderr and exit code 2, not a traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except FusedMoEError as error:
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(REFUSED) from error
+
+
+app = typer.Typer(
+    cls=_Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+    help="The experts of a mixture-of-experts layer as fused GPU kernels.",
+    epilog="Exit codes: 0 fine, 1 a result was wrong, 2 wrong usage or an error that the library explains.",
+)
+
+
+def _device(name: str | None) -> torch.device:
+    import torch
+
+    from fusedmoe.bench import default_device
+    from fusedmoe.errors import DeviceError
+
+    if name is None:
+        return default_device()
+    try:
+        return torch.empty(1, device=name).device
+    except (RuntimeError, AssertionError) as cause:
+        reason = (str(cause).splitlines() or [""])[0]
+        message = explain("--device", got=f"{name!r} ({reason})", wanted="a device of this machine", do="See env.")
+        raise DeviceError(message) from cause
+
+
+def _integers(option: str, text: str) -> list[int]:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) for part in parts):
+        raise OptionError(explain(option, got=repr(text), wanted="positive integers", do="Write for example 1,8,32."))
+    return [int(part) for part in parts]
+
+
+def _json(value: object) -> str:
+    """JSON knows no infinity: an error that is none becomes null."""
+
+    def plain(value: object) -> object:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [plain(item) for item in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json_module.dumps(plain(value), indent=2)
+
+
+@app.command()
+def run(
+    checkpoint: Annotated[
+        Path | None,
+        typer.Argument(help="Directory in the Hugging Face format; without, a small Qwen3-MoE is written and used."),
+    ] = None,
+    layer: Annotated[int, typer.Option(min=0, help="Layer of the checkpoint.")] = 0,
+    hidden: Annotated[
+        Path | None, typer.Option(help='safetensors file with a tensor "hidden_states" [..., H].')
+    ] = None,
+    text: Annotated[
+        str | None, typer.Option(help="Text: its tokens' embeddings, scaled to unit RMS, are the hidden states.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Random hidden states, when neither of these is given.")] = 64,
+    dtype: Annotated[str | None, typer.Option(help="bfloat16, float16 or float32; as stored when left out.")] = None,
+    device: Device = None,
+    backend: Backend = None,
+    output: Annotated[
+        Path | None, typer.Option(help="safetensors file to write: output, hidden_states, topk_weights, topk_ids.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Run the experts of a checkpoint's layer, verify the result against the reference, and time it."""
+    from fusedmoe.bench import dtype_of
+    from fusedmoe.cli import show
+    from fusedmoe.cli.run import Job, run_layer
+
+    if hidden is not None and text is not None:
+        raise OptionError(explain("--hidden and --text", got="both", wanted="one of them", do="Leave one out."))
+    job = Job(
+        layer=layer,
+        hidden=hidden,
+        text=text,
+        tokens=tokens,
+        dtype=None if dtype is None else dtype_of(dtype),
+        device=_device(device),
+        backend=backend,
+        output=output,
+    )
+    report = run_layer(checkpoint, job)
+    if json:
+        typer.echo(_json({**asdict(report), "ok": report.ok}))
+    else:
+        show.report(report)
+    if not report.ok:
+        raise typer.Exit(WRONG)
+
+
+@app.command("explain")
+def explain_command(
+    shape: Annotated[str | None, typer.Option(help="A known model (see bench), or E,top_k,H,I.")] = None,
+    experts: Annotated[int | None, typer.Option(min=1, help="E, in place of --shape.")] = None,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Experts per token.")] = None,
+    hidden: Annotated[int | None, typer.Option(min=1, help="H.")] = None,
+    intermediate: Annotated[int | None, typer.Option(min=1, help="I.")] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="T.")] = 128,
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    activation: Annotated[str, typer.Option(help="Name of the activation.")] = "silu",
+    weight_layout: Annotated[str, typer.Option(help="Storage of the experts, NK or KN.")] = "NK",
+    arch: Annotated[
+        str | None, typer.Option(help="sm_75, sm_80, sm_86, sm_89, sm_90, sm_100, gfx942 or cpu; this device.")
+    ] = None,
+    backend: Backend = None,
+    json: Json = False,
+) -> None:
+    """Say how a call would be run: backend, kernels, tiles, workspace and floor, and why the others not."""
+    from fusedmoe.bench import dtype_of, shape_of
+    from fusedmoe.cli import show
+    from fusedmoe.cli.explanation import explain_call
+
+    sizes = (experts, top_k, hidden, intermediate)
+    if (shape is None) == (None in sizes) or shape is not None and any(sizes):
+        raise OptionError(
+            explain(
+                "sizes of the layer",
+                got="an incomplete or a double description",
+                wanted="--shape, or all of --experts, --top-k, --hidden and --intermediate",
+                do="Write for example --shape qwen3-30b-a3b.",
+            )
+        )
+    found = explain_call(
+        shape_of(shape if shape is not None else ",".join(map(str, sizes))),
+        tokens,
+        dtype=dtype_of(dtype),
+        activation=activation,
+        weight_layout=weight_layout,
+        arch=arch,
+        backend=backend,
+    )
+    if json:
+        typer.echo(_json(found))
+    else:
+        show.explanation(found)
+
+
+@app.command()
+def env(json: Json = False) -> None:
+    """Print versions, devices, settings and backends."""
+    from fusedmoe.cli import show
+    from fusedmoe.cli.environment import environment
+
+    found = environment()
+    if json:
+        typer.echo(_json(found))
+    else:
+        show.environment(found)
+
+
+@app.command()
+def check(device: Device = None, backend: Backend = None, json: Json = False) -> None:
+    """Test every capability on this machine's device, one line each."""
+    from fusedmoe.cli import show
+    from fusedmoe.selftest import selftest
+
+    where = _device(device)
+    results = []
+    for result in selftest(where, backend):
+        results.append(result)
+        if not json:
+            show.capability(result)
+    ok = all(result.ok for result in results)
+    if json:
+        typer.echo(_json({"device": str(where), "ok": ok, "results": [asdict(result) for result in results]}))
+    else:
+        failed = sum(not result.ok for result in results)
+        typer.echo(f"{len(results) - failed} of {len(results)} passed on {where}")
+    if not ok:
+        raise typer.Exit(WRONG)
+
+
+@app.command()
+def bench(
+    shape: Annotated[
+        list[str] | None, typer.Option(help="A known model, or E,top_k,H,I; repeatable; all known models.")
+    ] = None,
+    tokens: Annotated[str | None, typer.Option(help="Numbers of tokens, such as 1,8,32.")] = None,
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    device: Device = None,
+    backend: Backend = None,
+    beside: Annotated[Path | None, typer.Option(help="Figures of another library, as in benchmarks/peers.")] = None,
+    json: Annotated[str | None, typer.Option(metavar="FILE", help="Write JSON there; - is stdout, alone.")] = None,
+) -> None:
+    """Time the layer at the sizes of known models: microseconds, TFLOP/s, multiple of the floor. Verified first."""
+    from fusedmoe import bench as benchmark
+    from fusedmoe.cli import show
+    from fusedmoe.cli.environment import name_of, versions
+
+    where, kind = _device(device), benchmark.dtype_of(dtype)
+    shapes = [benchmark.shape_of(name) for name in shape or benchmark.SHAPES]
+    counts = benchmark.TOKENS_CPU if where.type == "cpu" else benchmark.TOKENS
+    if tokens is not None:
+        counts = tuple(_integers("--tokens", tokens))
+    peer = None if beside is None else benchmark.read_peer(beside)
+    ceilings = benchmark.measure_ceilings(where, kind)
+    quiet = json == "-"
+    if not quiet:
+        show.ceilings(ceilings, name_of(where), peer)
+    rows = []
+    for one in shapes:
+        fresh = list(benchmark.bench(one, counts, dtype=kind, device=where, ceilings=ceilings, backend=backend))
+        rows += fresh
+        if not quiet:
+            show.rows(fresh, peer)
+    if json is not None:
+        found = {
+            "versions": versions(),
+            "device": name_of(where),
+            "ceilings": asdict(ceilings),
+            "rows": [{**asdict(row), **show.beside(row, peer)} for row in rows],
+            "beside": None if peer is None else {"name": peer.name, "device": peer.device, "source": peer.source},
+        }
+        if quiet:
+            typer.echo(_json(found))
+        else:
+            _write(Path(json), _json(found) + "\n")
+    if not all(row.ok for row in rows):
+        raise typer.Exit(WRONG)
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as cause:
+        raise OptionError(
+            explain(f"file {path}", got=cause.strerror, wanted="a file that can be written", do="Choose another.")
+        ) from cause

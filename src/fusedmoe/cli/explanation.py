@@ -1,0 +1,121 @@
+"""How a call would be run, on this device or on one of a table, without running it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any, cast
+
+import torch
+
+from fusedmoe import backends
+from fusedmoe.backends.workspace import layout_bytes
+from fusedmoe.bench import Shape, default_device, measure_ceilings, problem_of
+from fusedmoe.errors import OptionError, explain
+from fusedmoe.plan.config import Plan
+from fusedmoe.plan.floor import H200, Floor, floor_of
+from fusedmoe.plan.planner import choose, support
+from fusedmoe.spec.layout import WeightLayout
+from fusedmoe.spec.problem import Problem
+from fusedmoe.target import Target, target_of
+
+#: Targets that can be asked about without having one: (a device of that kind, its facts).
+ARCHS = {
+    "sm_75": ("T4", Target("nvidia", "sm_75", 75, 40, 65536)),
+    "sm_80": ("A100", Target("nvidia", "sm_80", 80, 108, 166912)),
+    "sm_86": ("RTX A6000", Target("nvidia", "sm_86", 86, 84, 101376)),
+    "sm_89": ("L40S", Target("nvidia", "sm_89", 89, 142, 101376)),
+    "sm_90": ("H200", Target("nvidia", "sm_90", 90, 132, 232448)),
+    "sm_100": ("B200", Target("nvidia", "sm_100", 100, 148, 232448)),
+    "gfx942": ("MI300X", Target("amd", "gfx942", 0, 304, 65536)),
+    "cpu": ("a CPU", Target("cpu")),
+}
+
+
+def explain_call(
+    shape: Shape,
+    tokens: int,
+    *,
+    dtype: torch.dtype,
+    activation: str = "silu",
+    weight_layout: str = "NK",
+    arch: str | None = None,
+    backend: str | None = None,
+) -> dict[str, Any]:
+    """Everything that ``fusedmoe explain`` prints.
+
+    Raises:
+        OptionError: unknown arch, activation, layout or backend.
+        UnsupportedError: the backend that was asked for does not take the call.
+    """
+    device = default_device()
+    here = target_of(device)
+    target, kind = here, f"this machine's {device.type}"
+    if arch is not None and arch != (here.arch or here.vendor):
+        if arch not in ARCHS:
+            raise OptionError(
+                explain("--arch", got=repr(arch), wanted=", ".join(ARCHS), do="Leave it out for this device.")
+            )
+        kind, target = ARCHS[arch]
+    problem = problem_of(shape, tokens, dtype, activation=activation, weight_layout=cast("WeightLayout", weight_layout))
+    plan = choose(problem, target, backend)
+    floor, source = _floor(problem, target, device if target == here else None, dtype)
+    return {
+        "target": {"like": kind, **asdict(target)},
+        "problem": asdict(problem),
+        "backend": plan.backend,
+        "why": plan.why,
+        "others": _others(problem, target, plan),
+        "launches": _launches(problem, plan),
+        "workspace_bytes": _workspace_bytes(problem, plan),
+        "floor": None if floor is None else {**asdict(floor), "us": floor.us, "bound": floor.bound},
+        "floor_source": source,
+    }
+
+
+def _floor(
+    problem: Problem, target: Target, device: torch.device | None, dtype: torch.dtype
+) -> tuple[Floor | None, str]:
+    uniform = "expected distinct experts under uniform routing"
+    if device is not None:
+        return floor_of(problem, measure_ceilings(device, dtype)), f"ceilings measured here, now; {uniform}"
+    if target == ARCHS["sm_90"][1]:
+        return floor_of(problem, H200[problem.dtype]), f"nominal ceilings of an H200, not measured here; {uniform}"
+    return None, "unknown: the ceilings of this device have to be measured on one"
+
+
+def _others(problem: Problem, target: Target, plan: Plan) -> dict[str, list[str]]:
+    """Every other backend with the reasons against it."""
+    return {
+        name: list(reasons) or ["takes it too, but was not chosen"]
+        for name, reasons in support(problem, target).items()
+        if name != plan.backend
+    }
+
+
+def _layout(problem: Problem, plan: Plan) -> dict[str, Any] | None:
+    """Scratch tensors of the plan; None where the backend's package is missing."""
+    try:
+        return backends.load(plan.backend).workspace_layout(problem, plan)
+    except ImportError:
+        return None
+
+
+def _workspace_bytes(problem: Problem, plan: Plan) -> int | None:
+    layout = _layout(problem, plan)
+    return None if layout is None else layout_bytes(layout)
+
+
+def _launches(problem: Problem, plan: Plan) -> list[dict[str, Any]]:
+    """Kernels in the order of their launches, the grouped GEMMs with their configuration."""
+    if plan.triton is None:
+        return [{"kernel": "PyTorch's own, one matrix product per expert that has rows"}]
+    how = plan.triton
+    several = "base" in (_layout(problem, plan) or {})  # the table of a sort in more than one chunk
+    sort = [] if how.few else ["count", "offsets", "scatter"] if several else ["route_one_chunk"]
+    return [
+        *({"kernel": name} for name in sort),
+        *([{"kernel": "gather"}] if how.gather else []),
+        {"kernel": "grouped_gemm, gate-up and activation", "config": asdict(how.gate_up)},
+        {"kernel": "grouped_gemm, down and router weight", "config": asdict(how.down)},
+        {"kernel": "combine", "config": {"block_h": how.combine_block}},
+    ]
