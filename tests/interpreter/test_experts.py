@@ -176,3 +176,32 @@ def test_the_bound_rejects_planted_faults(fault, dtype):
     wrong_arguments, wrong_options, scale = FAULTS[fault](arguments, options)
     out = scale * fused(wrong_arguments, wrong_options)
     assert relative_error(out, want) > 10 * TOLERANCE[dtype]
+
+
+def _spread(tensor: torch.Tensor, dim: int, step: int) -> torch.Tensor:
+    """The same values, ``step`` elements apart along ``dim``: a view of memory that is reserved but hardly touched."""
+    strides = list(tensor.stride())
+    strides[dim] = step
+    size = sum((n - 1) * s for n, s in zip(tensor.shape, strides, strict=True)) + 1
+    spread = torch.empty(size, dtype=tensor.dtype).as_strided(tensor.shape, strides)
+    return spread.copy_(tensor)
+
+
+@pytest.mark.parametrize("position", ["hidden_states", "w13", "w2", "topk_weights", "topk_ids", "bias", "out"])
+@pytest.mark.parametrize("tokens", [3, 40])
+def test_offsets_beyond_2_to_31(position, tokens):
+    case = case_of((tokens, 2, 3, 32, 16), dtype="float16", bias=True, id_dtype="int32", router_dtype="float16")
+    arguments, options = case.draw()
+    want = fused(arguments, options)
+    names = ["hidden_states", "w13", "w2", "topk_weights", "topk_ids"]
+    far = 2**31 // (len(arguments[names.index(position)]) - 1 if position in names else tokens - 1) + 8
+    if position == "bias":
+        options["w13_bias"] = _spread(options["w13_bias"].half(), 0, 2**30 + 8)
+        want = fused(arguments, {**options, "w13_bias": options["w13_bias"].contiguous()})
+    elif position == "out":
+        options["out"] = _spread(torch.zeros_like(want), 0, far)
+    else:
+        index = names.index(position)
+        spread = _spread(arguments[index], 0, far)
+        arguments = (*arguments[:index], spread, *arguments[index + 1 :])
+    assert torch.equal(fused(arguments, options), want)

@@ -12,14 +12,14 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def script():
-    spec = importlib.util.spec_from_file_location("supported_table", ROOT / "scripts" / "supported_table.py")
+    spec = importlib.util.spec_from_file_location("readme_tables", ROOT / "scripts" / "readme_tables.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
 def test_the_table_of_what_is_supported_is_fresh():
-    assert script().replaced(README) == README, "run scripts/supported_table.py --write"
+    assert script().replaced(README) == README, "run scripts/readme_tables.py --write"
 
 
 def test_a_stale_table_is_noticed():

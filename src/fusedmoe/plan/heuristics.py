@@ -47,21 +47,23 @@ def triton_plan(problem: Problem, target: Target) -> TritonPlan:
     return TritonPlan(
         few=few,
         gather=gather,
-        overlap=_overlap(problem, target, down),
+        overlap=_overlap(problem, target, down, few=few),
         gate_up=gate_up,
         down=down,
         combine_block=max(16, min(1024, _next_power_of_2(problem.hidden))),
     )
 
 
-def _overlap(problem: Problem, target: Target, down: KernelConfig) -> bool:
+def _overlap(problem: Problem, target: Target, down: KernelConfig, *, few: bool) -> bool:
     """Start each launch while the one before it ends.
 
     A launch of hardly more programs than multiprocessors loses by it: early programs fill the multiprocessors that
     are free first, several to each, and the others then stay idle (mixtral-8x7b, T = 1 on an H200: 217 us for 192).
     """
+    if target.vendor != "nvidia" or target.capability < 90:
+        return False
     programs = min(problem.slots, problem.experts) * -(-problem.hidden // down.block_n)
-    return target.vendor == "nvidia" and target.capability >= 90 and 2 * programs >= 3 * target.n_sm
+    return not few or 2 * programs >= 3 * target.n_sm
 
 
 def _ideal(problem: Problem, target: Target, block_m: int, few: bool, gated: bool, *, first: bool) -> KernelConfig:
@@ -99,7 +101,7 @@ def _ideal(problem: Problem, target: Target, block_m: int, few: bool, gated: boo
             block_k=64,
             warps=8,
             stages=3 if tall else 4,
-            group_m=16 if gather else 4,
+            group_m=16 if gather else 4 if tall else 8,
             maps="xw" if gather else "w",
             programs_per_sm=1 if gather else 0,
         )

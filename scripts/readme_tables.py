@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
-"""What the library supports, as the tables of README.md, read from the code.
+"""The tables of README.md: what the library supports, read from the code, and what a benchmark measured.
 
-python scripts/supported_table.py            prints them
-python scripts/supported_table.py --write    puts them between the markers of README.md
+python scripts/readme_tables.py            prints them
+python scripts/readme_tables.py --write    puts them between the markers of README.md
 """
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -20,8 +21,9 @@ from fusedmoe.spec.layout import FP32_PRECISIONS, GATE_UP_LAYOUTS, WEIGHT_LAYOUT
 from fusedmoe.spec.problem import Problem
 from fusedmoe.target import Target
 
-README = Path(__file__).parent.parent / "README.md"
-BEGIN, END = "<!-- supported:start -->", "<!-- supported:end -->"
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+RESULTS = ROOT / "benchmarks" / "results" / "h200-bf16.json"
 
 #: Devices to ask the planner about; the sizes are what such devices have.
 TARGETS = {
@@ -92,20 +94,54 @@ def _typical(dtype: str) -> Problem:
     )
 
 
-def tables() -> str:
-    """Both tables, in Markdown."""
+def supported() -> str:
+    """What is accepted, and which device takes what, in Markdown."""
     return "\n".join([*_options(), "", *_devices()])
+
+
+def _performance() -> Iterable[str]:
+    data = json.loads(RESULTS.read_text(encoding="utf-8"))
+    rows = {(row["shape"], row["tokens"]): row for row in data["rows"]}
+    shapes, tokens = (list(dict.fromkeys(key[i] for key in rows)) for i in (0, 1))
+    ceilings, versions = data["ceilings"], data["versions"]
+    yield (
+        f"{data['device']}, bfloat16, torch {versions['torch']}, Triton {versions['triton']}; copy "
+        f"{ceilings['bandwidth_gbps']:.0f} GB/s, matrix product {ceilings['tflops']:.0f} TFLOP/s, empty launch "
+        f"{ceilings['launch_us']:.1f} µs in the same run."
+    )
+    yield ""
+    yield _row("µs (multiple of the floor; times as fast as vLLM 0.22.1)", *(f"T = {t}" for t in tokens))
+    yield _row(*["---"] * (len(tokens) + 1))
+    for shape in shapes:
+        cells = []
+        for t in tokens:
+            row = rows[shape, t]
+            cells.append(f"{row['us']:.0f} ({row['times_floor']:.2f}; {row['faster_than_peer']:.2f})")
+        yield _row(shape, *cells)
+    yield ""
+    yield _row("TFLOP/s", *(f"T = {t}" for t in tokens if t >= 512))
+    yield _row(*["---"] * (sum(t >= 512 for t in tokens) + 1))
+    for shape in shapes:
+        yield _row(shape, *(f"{rows[shape, t]['tflops']:.0f}" for t in tokens if t >= 512))
+
+
+def performance() -> str:
+    """The committed measurement, in Markdown."""
+    return "\n".join(_performance())
 
 
 def replaced(readme: str) -> str:
     """The README's text with fresh tables between its markers."""
-    before, rest = readme.split(BEGIN)
-    _, after = rest.split(END)
-    return f"{before}{BEGIN}\n{tables()}\n{END}{after}"
+    for name, table in (("supported", supported()), ("performance", performance())):
+        begin, end = f"<!-- {name}:start -->", f"<!-- {name}:end -->"
+        before, rest = readme.split(begin)
+        _, after = rest.split(end)
+        readme = f"{before}{begin}\n{table}\n{end}{after}"
+    return readme
 
 
 if __name__ == "__main__":
     if sys.argv[1:] == ["--write"]:
         README.write_text(replaced(README.read_text(encoding="utf-8")), encoding="utf-8")
     else:
-        print(tables())
+        print(supported(), performance(), sep="\n\n")
