@@ -77,27 +77,157 @@ def _choice(name: str, got: object, allowed: tuple[str, ...]) -> None:
 
 def _matrix(w: torch.Tensor) -> Matrix:
     """Layout facts of a matrix seen as [E, N, K]."""
-    stride_e, stride_n, stride_k = w.stride()
     n_experts, n, k = w.shape
-    if stride_k == 1 or k == 1:
-        contiguous, row = "K", stride_n
-        rows_between = n
-    elif stride_n == 1 or n == 1:
-        contiguous, row = "N", stride_k
-        rows_between = k
+    stride_e, stride_n, stride_k = w.stride()
+    if stride_k == 1:
+        contiguous, row, n_rows = "K", stride_n, n
+    elif stride_n == 1:
+        contiguous, row, n_rows = "N", stride_k, k
     else:
-        return Matrix("none", False)
-    unit = w.element_size()
-    tma = (
-        w.data_ptr() % 16 == 0
-        and row * unit % 16 == 0
-        and row > 0
-        # The tensor map is two-dimensional: experts must start a whole number of rows apart, and not overlap.
-        and (n_experts == 1 or (stride_e % row == 0 and stride_e // row >= rows_between))
-        and n_experts * max(1, stride_e // row) < 2**31
-    )
-    # Length-1 dimensions may carry any stride; the kernels then never step along them.
-    return Matrix("K" if contiguous == "K" else "N", tma and (stride_k == 1 or stride_n == 1))
+        return Matrix("none", tma=False)
+    # The tensor map is two-dimensional: experts must start a whole number of rows apart, and not overlap.
+    stacked = n_experts == 1 or (row > 0 and stride_e % row == 0 and stride_e // row >= n_rows)
+    aligned = row > 0 and row * w.element_size() % 16 == 0 and w.data_ptr() % 16 == 0
+    tma = stacked and aligned and n_experts * max(n_rows, stride_e // row) < 2**31
+    return Matrix("K" if contiguous == "K" else "N", tma=tma)
+
+
+#: Weight layout -> shapes of w13 and w2 as they are stored, and the advice when they fit the other layout.
+_STORED = {
+    "NK": (
+        "[E, 2I, H] or, not gated, [E, I, H]",
+        "[E, H, I]",
+        "Set weight_layout='KN' if the experts are stored [E, in, out].",
+    ),
+    "KN": (
+        "[E, H, 2I] or, not gated, [E, H, I]",
+        "[E, I, H]",
+        "Set weight_layout='NK' if the experts are stored [E, out, in].",
+    ),
+}
+
+
+def _check_matrices(
+    x: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, act: Activation, weight_layout: str
+) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """The expert matrices seen as [E, N, K], and I."""
+    w13_shape, w2_shape, other_layout = _STORED[weight_layout]
+    _tensor("w13", w13, w13_shape, 3, _FLOATS, x.device)
+    _tensor("w2", w2, w2_shape, 3, _FLOATS, x.device)
+    for name, w in (("w13", w13), ("w2", w2)):
+        if w.dtype != x.dtype:
+            raise DTypeError(
+                explain(
+                    name,
+                    got=w.dtype,
+                    wanted=f"{x.dtype}, the type of hidden_states",
+                    do=f"Cast hidden_states (under autocast they may be float32): hidden_states.to({w.dtype}).",
+                )
+            )
+    stored = tuple(w2.shape)
+    if weight_layout == "KN":
+        w13, w2 = w13.transpose(1, 2), w2.transpose(1, 2)
+    n_experts, n_rows, n_inner = w13.shape
+    n_hidden = x.shape[1]
+    if not 1 <= n_experts <= MAX_EXPERTS:
+        raise ShapeError(
+            explain("w13", got=f"{n_experts} experts", wanted=f"1 to {MAX_EXPERTS}", do="Split the layer.")
+        )
+    if n_inner != n_hidden:
+        wanted = f"{n_hidden}, the width of hidden_states"
+        raise ShapeError(explain("w13", got=f"inner size {n_inner}", wanted=wanted, do=other_layout))
+    if act.gated and n_rows % 2:
+        raise ShapeError(
+            explain(
+                "w13",
+                got=f"{n_rows} rows per expert",
+                wanted=f"an even number, 2I: activation {act.name!r} is gated",
+                do="For experts without a gate choose an activation ending in _no_mul.",
+            )
+        )
+    n_intermediate = n_rows // 2 if act.gated else n_rows
+    if n_intermediate < 1 or n_hidden < 1:
+        raise ShapeError(
+            explain("w13", got=f"shape {tuple(w13.shape)}", wanted="I and H of at least 1", do="Check the checkpoint.")
+        )
+    sizes = (n_hidden, n_intermediate) if weight_layout == "NK" else (n_intermediate, n_hidden)
+    advice = other_layout if w2.shape[0] == n_experts else "w13 and w2 must hold the same experts."
+    _size("w2", stored, (n_experts, *sizes), w2_shape, advice)
+    return w13, w2, n_intermediate
+
+
+def _check_bias(name: str, bias: torch.Tensor | None, w: torch.Tensor, meaning: str) -> None:
+    if bias is not None:
+        _tensor(name, bias, meaning, 2, _FLOATS, w.device)
+        _size(name, tuple(bias.shape), tuple(w.shape[:2]), meaning, "Give one row of biases to each expert.")
+
+
+def _check_routing(x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> None:
+    _tensor("topk_ids", topk_ids, "[T, top_k]", 2, _INTEGERS, x.device)
+    _tensor("topk_weights", topk_weights, "[T, top_k]", 2, _FLOATS, x.device)
+    n_tokens, top_k = topk_ids.shape
+    if n_tokens != x.shape[0]:
+        wanted = f"{x.shape[0]}, one for each row of hidden_states"
+        raise ShapeError(explain("topk_ids", got=f"{n_tokens} rows", wanted=wanted, do="Route the same tokens."))
+    if not 1 <= top_k <= MAX_TOP_K:
+        raise ShapeError(
+            explain("topk_ids", got=f"top_k = {top_k}", wanted=f"1 to {MAX_TOP_K}", do="Check the router.")
+        )
+    shape = tuple(topk_weights.shape)
+    _size("topk_weights", shape, (n_tokens, top_k), "the shape of topk_ids", "Pass both as the router returned them.")
+
+
+def _check_map(expert_map: torch.Tensor | None, global_num_experts: int | None, w13: torch.Tensor) -> None:
+    if expert_map is None:
+        if global_num_experts is not None and global_num_experts != w13.shape[0]:
+            raise OptionError(
+                explain(
+                    "global_num_experts",
+                    got=global_num_experts,
+                    wanted=f"{w13.shape[0]}, the experts in w13, when there is no expert_map",
+                    do="Pass expert_map [E_global] with the local id or -1 of each expert.",
+                )
+            )
+        return
+    _tensor("expert_map", expert_map, "[E_global]", 1, _INTEGERS, w13.device)
+    if not expert_map.is_contiguous():
+        got, do = f"stride {expert_map.stride(0)}", "Call .contiguous() once, outside the forward pass."
+        raise LayoutError(explain("expert_map", got=got, wanted="contiguous", do=do))
+    if expert_map.shape[0] < 1:
+        do = "Drop it when all experts are local."
+        raise ShapeError(explain("expert_map", got="no entries", wanted="one per global expert", do=do))
+    if global_num_experts is not None and global_num_experts != expert_map.shape[0]:
+        wanted = f"{expert_map.shape[0]}, the length of expert_map"
+        raise OptionError(
+            explain("global_num_experts", got=global_num_experts, wanted=wanted, do="Leave it out, or fix the map.")
+        )
+
+
+def _check_out(out: torch.Tensor | None, x: torch.Tensor) -> None:
+    if out is None:
+        return
+    do = "Allocate torch.empty_like(hidden_states)."
+    _tensor("out", out, "[T, H]", 2, (x.dtype,), x.device)
+    _size("out", tuple(out.shape), tuple(x.shape), "the shape of hidden_states", do)
+    overlaps_itself = 0 in out.stride() and out.numel() > 1
+    if x.numel() and (overlaps_itself or out.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()):
+        got = "memory that is shared with hidden_states or with itself"
+        raise LayoutError(explain("out", got=got, wanted="memory of its own", do=do))
+
+
+def _check_no_gradient(**tensors: torch.Tensor | None) -> None:
+    if not torch.is_grad_enabled():
+        return
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.requires_grad:
+            raise GradientError(
+                explain(
+                    f"{name} requires grad",
+                    got="grad mode enabled",
+                    wanted="inference: this layer computes no gradients",
+                    do="Call it under torch.no_grad() or torch.inference_mode().",
+                )
+            )
 
 
 def check(
@@ -124,181 +254,23 @@ def check(
     _choice("gate_up_layout", gate_up_layout, GATE_UP_LAYOUTS)
     _choice("weight_layout", weight_layout, WEIGHT_LAYOUTS)
     _choice("fp32_precision", fp32_precision, FP32_PRECISIONS)
-
     _tensor("hidden_states", hidden_states, "[T, H]", 2, _FLOATS, None)
-    device, dtype = hidden_states.device, hidden_states.dtype
-    n_tokens, n_hidden = hidden_states.shape
-    as_stored = {
-        "NK": ("[E, 2I, H] or, not gated, [E, I, H]", "[E, H, I]"),
-        "KN": ("[E, H, 2I] or, not gated, [E, H, I]", "[E, I, H]"),
-    }[weight_layout]
-    _tensor("w13", w13, as_stored[0], 3, _FLOATS, device)
-    _tensor("w2", w2, as_stored[1], 3, _FLOATS, device)
-    for name, w in (("w13", w13), ("w2", w2)):
-        if w.dtype != dtype:
-            raise DTypeError(
-                explain(
-                    name,
-                    got=w.dtype,
-                    wanted=f"{dtype}, the type of hidden_states",
-                    do=f"Cast hidden_states (under autocast they may be float32): hidden_states.to({w.dtype}).",
-                )
-            )
-    if weight_layout == "KN":
-        w13, w2 = w13.transpose(1, 2), w2.transpose(1, 2)
-    n_experts, n_rows, n_inner = w13.shape
-    if n_experts < 1 or n_experts > MAX_EXPERTS:
-        raise ShapeError(
-            explain("w13", got=f"{n_experts} experts", wanted=f"1 to {MAX_EXPERTS}", do="Split the layer.")
-        )
-    other = (
-        "Set weight_layout='KN' if the experts are stored [E, in, out]."
-        if weight_layout == "NK"
-        else "Set weight_layout='NK' if the experts are stored [E, out, in]."
+    w13, w2, n_intermediate = _check_matrices(hidden_states, w13, w2, act, weight_layout)
+    _check_bias("w13_bias", w13_bias, w13, "[E, rows of w13]")
+    _check_bias("w2_bias", w2_bias, w2, "[E, H]")
+    _check_routing(hidden_states, topk_weights, topk_ids)
+    _check_map(expert_map, global_num_experts, w13)
+    _check_out(out, hidden_states)
+    _check_no_gradient(
+        hidden_states=hidden_states, w13=w13, w2=w2, topk_weights=topk_weights, w13_bias=w13_bias, w2_bias=w2_bias
     )
-    if n_inner != n_hidden:
-        raise ShapeError(
-            explain("w13", got=f"inner size {n_inner}", wanted=f"{n_hidden}, the width of hidden_states", do=other)
-        )
-    if act.gated and n_rows % 2:
-        raise ShapeError(
-            explain(
-                "w13",
-                got=f"{n_rows} rows per expert",
-                wanted=f"an even number, 2I: activation {act.name!r} is gated",
-                do="For experts without a gate choose an activation ending in _no_mul.",
-            )
-        )
-    n_intermediate = n_rows // 2 if act.gated else n_rows
-    if n_intermediate < 1 or n_hidden < 1:
-        raise ShapeError(
-            explain("w13", got=f"shape {tuple(w13.shape)}", wanted="I and H of at least 1", do="Check the checkpoint.")
-        )
-    _size(
-        "w2",
-        tuple(w2.shape) if weight_layout == "NK" else (w2.shape[0], w2.shape[2], w2.shape[1]),
-        (n_experts, n_hidden, n_intermediate) if weight_layout == "NK" else (n_experts, n_intermediate, n_hidden),
-        as_stored[1],
-        other if w2.shape[0] == n_experts else "w13 and w2 must hold the same experts.",
-    )
-    for name, bias, width, meaning in (
-        ("w13_bias", w13_bias, n_rows, "[E, rows of w13]"),
-        ("w2_bias", w2_bias, n_hidden, "[E, H]"),
-    ):
-        if bias is not None:
-            _tensor(name, bias, meaning, 2, _FLOATS, device)
-            _size(name, tuple(bias.shape), (n_experts, width), meaning, "Give one row of biases to each expert.")
-
-    _tensor("topk_ids", topk_ids, "[T, top_k]", 2, _INTEGERS, device)
-    _tensor("topk_weights", topk_weights, "[T, top_k]", 2, _FLOATS, device)
-    top_k = topk_ids.shape[1]
-    if topk_ids.shape[0] != n_tokens:
-        raise ShapeError(
-            explain(
-                "topk_ids",
-                got=f"{topk_ids.shape[0]} rows",
-                wanted=f"{n_tokens}, one for each row of hidden_states",
-                do="Route the same tokens.",
-            )
-        )
-    if not 1 <= top_k <= MAX_TOP_K:
-        raise ShapeError(
-            explain("topk_ids", got=f"top_k = {top_k}", wanted=f"1 to {MAX_TOP_K}", do="Check the router.")
-        )
-    _size(
-        "topk_weights",
-        tuple(topk_weights.shape),
-        (n_tokens, top_k),
-        "the shape of topk_ids",
-        "Pass both as the router returned them.",
-    )
-
-    if expert_map is not None:
-        _tensor("expert_map", expert_map, "[E_global]", 1, _INTEGERS, device)
-        if not expert_map.is_contiguous():
-            raise LayoutError(
-                explain(
-                    "expert_map",
-                    got=f"stride {expert_map.stride(0)}",
-                    wanted="contiguous",
-                    do="Call .contiguous() once, outside the forward pass.",
-                )
-            )
-        if expert_map.shape[0] < 1:
-            raise ShapeError(
-                explain(
-                    "expert_map",
-                    got="no entries",
-                    wanted="one per global expert",
-                    do="Drop it when all experts are local.",
-                )
-            )
-        if global_num_experts is not None and global_num_experts != expert_map.shape[0]:
-            raise OptionError(
-                explain(
-                    "global_num_experts",
-                    got=global_num_experts,
-                    wanted=f"{expert_map.shape[0]}, the length of expert_map",
-                    do="Leave it out, or fix the map.",
-                )
-            )
-    elif global_num_experts is not None and global_num_experts != n_experts:
-        raise OptionError(
-            explain(
-                "global_num_experts",
-                got=global_num_experts,
-                wanted=f"{n_experts}, the experts in w13, when there is no expert_map",
-                do="Pass expert_map [E_global] with the local id or -1 of each expert.",
-            )
-        )
-    if out is not None:
-        _tensor("out", out, "[T, H]", 2, (dtype,), device)
-        _size(
-            "out",
-            tuple(out.shape),
-            (n_tokens, n_hidden),
-            "the shape of hidden_states",
-            "Allocate torch.empty_like(hidden_states).",
-        )
-        if n_tokens and (
-            0 in out.stride()
-            and n_tokens * n_hidden > 1
-            or out.untyped_storage().data_ptr() == hidden_states.untyped_storage().data_ptr()
-        ):
-            raise LayoutError(
-                explain(
-                    "out",
-                    got="memory that is shared with hidden_states or with itself",
-                    wanted="memory of its own",
-                    do="Allocate torch.empty_like(hidden_states).",
-                )
-            )
-    if torch.is_grad_enabled():
-        for name, t in (
-            ("hidden_states", hidden_states),
-            ("w13", w13),
-            ("w2", w2),
-            ("topk_weights", topk_weights),
-            ("w13_bias", w13_bias),
-            ("w2_bias", w2_bias),
-        ):
-            if t is not None and t.requires_grad:
-                raise GradientError(
-                    explain(
-                        f"{name} requires grad",
-                        got="grad mode enabled",
-                        wanted="inference: this layer computes no gradients",
-                        do="Call it under torch.no_grad() or torch.inference_mode().",
-                    )
-                )
-
     problem = Problem(
-        tokens=n_tokens,
-        top_k=top_k,
-        experts=n_experts,
-        hidden=n_hidden,
+        tokens=hidden_states.shape[0],
+        top_k=topk_ids.shape[1],
+        experts=w13.shape[0],
+        hidden=hidden_states.shape[1],
         intermediate=n_intermediate,
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=str(hidden_states.dtype).removeprefix("torch."),
         activation=act,
         gate_up="interleaved" if gate_up_layout == "interleaved" else "concatenated",
         w13=_matrix(w13),

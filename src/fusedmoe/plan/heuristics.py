@@ -10,8 +10,7 @@ from dataclasses import replace
 
 from fusedmoe.plan.config import FEW, KernelConfig, TritonPlan
 from fusedmoe.plan.validity import why_not, wide
-from fusedmoe.spec.layout import Matrix
-from fusedmoe.spec.problem import Problem
+from fusedmoe.spec.problem import Gemm, Problem
 from fusedmoe.target import Target
 
 #: From this many rows per expert the operands are loaded by tensor map, and gathering rows first can pay.
@@ -37,9 +36,9 @@ def triton_plan(problem: Problem, target: Target) -> TritonPlan:
         block_m = min(block_m, 64)
     if target.interpret:
         block_m = min(block_m, 32)
-    gated = problem.activation.gated
-    gate_up = _fit(_ideal(problem, target, block_m, few, gated, first=True), problem, target, gated, problem.w13)
-    down = _fit(_ideal(problem, target, block_m, few, False, first=False), problem, target, False, problem.w2)
+    first, second = problem.gate_up_gemm, problem.down_gemm
+    gate_up = _fit(_ideal(problem, target, block_m, first, few=few, gate_up=True), first, target)
+    down = _fit(_ideal(problem, target, block_m, second, few=few, gate_up=False), second, target)
     # Both GEMMs work on the same tiles.
     block_m = min(gate_up.block_m, down.block_m)
     gate_up, down = replace(gate_up, block_m=block_m), replace(down, block_m=block_m)
@@ -66,11 +65,9 @@ def _overlap(problem: Problem, target: Target, down: KernelConfig, *, few: bool)
     return not few or 2 * programs >= 3 * target.n_sm
 
 
-def _ideal(problem: Problem, target: Target, block_m: int, few: bool, gated: bool, *, first: bool) -> KernelConfig:
-    """The tile one would like, before shared memory and layout are looked at. ``width`` counts rows of weights."""
-    inner = problem.hidden if first else problem.intermediate
-    mean = problem.slots / problem.experts
-    half = 2 if gated else 1
+def _ideal(problem: Problem, target: Target, block_m: int, gemm: Gemm, *, few: bool, gate_up: bool) -> KernelConfig:
+    """The tile one would like, before shared memory and layout are looked at."""
+    mean, half = problem.slots / problem.experts, gemm.width
     if target.interpret:
         return KernelConfig(block_m=block_m, block_n=64 // half, block_k=32, group_m=2)
     if problem.dtype == "float32":
@@ -93,7 +90,7 @@ def _ideal(problem: Problem, target: Target, block_m: int, few: bool, gated: boo
         # mma.sync keeps its operands in registers beside the accumulators; WGMMA reads them from shared memory.
         return KernelConfig(block_m=128, block_n=128 // half, block_k=64, warps=8, stages=3, group_m=8)
     tall = mean >= 256
-    if first:
+    if gate_up:
         gather = tall and problem.intermediate >= GATHER_INTERMEDIATE
         return KernelConfig(
             block_m=128,
@@ -105,7 +102,7 @@ def _ideal(problem: Problem, target: Target, block_m: int, few: bool, gated: boo
             maps="xw" if gather else "w",
             programs_per_sm=1 if gather else 0,
         )
-    short = inner <= 512
+    short = gemm.inner <= 512
     return KernelConfig(
         block_m=128,
         block_n=256 // half,
@@ -119,18 +116,18 @@ def _ideal(problem: Problem, target: Target, block_m: int, few: bool, gated: boo
     )
 
 
-def _fit(config: KernelConfig, problem: Problem, target: Target, gated: bool, w: Matrix) -> KernelConfig:
+def _fit(config: KernelConfig, gemm: Gemm, target: Target) -> KernelConfig:
     """Make a tile smaller until nothing speaks against it."""
-    if config.maps != "none" and _refused(replace(config, block_k=16, stages=1), problem, target, gated, w):
+    if config.maps != "none" and why_not(replace(config, block_k=16, stages=1), gemm, target):
         config = replace(config, maps="none", programs_per_sm=0, flatten=False)
     if target.vendor not in ("nvidia", "cpu"):
         config = replace(config, stages=2)
-    while _refused(config, problem, target, gated, w):
+    while why_not(config, gemm, target):
         if config.stages > 2:
             config = replace(config, stages=config.stages - 1)
         elif config.block_k > 32:
             config = replace(config, block_k=config.block_k // 2, stages=min(4, config.stages * 2))
-        elif wide(config, gated) > 64 and config.block_n > 16:
+        elif wide(config, gemm) > 64 and config.block_n > 16:
             config = replace(config, block_n=config.block_n // 2)
         elif config.block_m > 16:
             config = replace(config, block_m=config.block_m // 2)
@@ -143,7 +140,3 @@ def _fit(config: KernelConfig, problem: Problem, target: Target, gated: bool, w:
         else:
             break
     return config
-
-
-def _refused(config: KernelConfig, problem: Problem, target: Target, gated: bool, w: Matrix) -> bool:
-    return bool(why_not(config, problem, target, gated=gated, w=w))

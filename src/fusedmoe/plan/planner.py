@@ -31,12 +31,8 @@ def _triton(problem: Problem, target: Target) -> list[str]:
         reasons.append(f"{target.arch} has no bfloat16 arithmetic (sm_80 and newer have)")
     if not reasons:
         plan = triton_plan(problem, target)
-        gated = problem.activation.gated
-        for name, config, wide, w in (
-            ("gate-up", plan.gate_up, gated, problem.w13),
-            ("down", plan.down, False, problem.w2),
-        ):
-            reasons += [f"{name}: {reason}" for reason in why_not(config, problem, target, gated=wide, w=w)]
+        reasons += [f"gate-up: {reason}" for reason in why_not(plan.gate_up, problem.gate_up_gemm, target)]
+        reasons += [f"down: {reason}" for reason in why_not(plan.down, problem.down_gemm, target)]
     return reasons
 
 

@@ -3,38 +3,32 @@
 from __future__ import annotations
 
 from fusedmoe.plan.config import KernelConfig
-from fusedmoe.spec.layout import Matrix
-from fusedmoe.spec.problem import Problem
+from fusedmoe.spec.problem import Gemm
 from fusedmoe.target import Target
 
 #: Shared memory beside the operand buffers: barriers of tensor maps, reductions of the few-token path.
 _EXTRA = 1024
 
 
-def wide(config: KernelConfig, gated: bool) -> int:
+def wide(config: KernelConfig, gemm: Gemm) -> int:
     """Rows of weights that a tile multiplies."""
-    return config.block_n * (2 if gated else 1)
+    return config.block_n * gemm.width
 
 
-def shared_bytes(config: KernelConfig, problem: Problem, gated: bool) -> int:
+def shared_bytes(config: KernelConfig, gemm: Gemm) -> int:
     """An upper bound of the shared memory of a program, compared with the compiler's own figure in the tests.
 
     Operand buffers: one K step of both operands per stage. The epilogue converts layouts in shared memory: after
     the buffers are free in a kernel of one tile, beside them when the next tile's loads are already under way.
     """
-    step = (config.block_m + wide(config, gated)) * config.block_k * problem.itemsize
-    epilogue = config.block_m * wide(config, gated) * 4
+    step = (config.block_m + wide(config, gemm)) * config.block_k * gemm.itemsize
+    epilogue = config.block_m * wide(config, gemm) * 4
     buffers = step * max(1, config.stages)
     return _EXTRA + (buffers + epilogue // 4 if config.programs_per_sm else max(buffers, epilogue))
 
 
-def why_not(config: KernelConfig, problem: Problem, target: Target, *, gated: bool, w: Matrix) -> list[str]:
-    """Every reason why ``config`` cannot run one GEMM of ``problem``; empty when it can.
-
-    Args:
-        gated: the tile holds gate and up rows (the first GEMM of a gated layer).
-        w: layout of that GEMM's expert matrix.
-    """
+def why_not(config: KernelConfig, gemm: Gemm, target: Target) -> list[str]:
+    """Every reason why ``config`` cannot run ``gemm`` on ``target``; empty when it can."""
     reasons = []
     for name in ("block_m", "block_n", "block_k"):
         value = getattr(config, name)
@@ -49,27 +43,23 @@ def why_not(config: KernelConfig, problem: Problem, target: Target, *, gated: bo
     if config.flatten and not config.programs_per_sm:
         reasons.append("flatten needs a persistent grid (programs_per_sm > 0)")
     if config.maps != "none":
-        reasons += _why_no_maps(config, problem, target, gated, w)
-    need = shared_bytes(config, problem, gated)
+        reasons += _why_no_maps(config, gemm, target)
+    need = shared_bytes(config, gemm)
     if need > target.shared_bytes:
-        reasons.append(
-            f"needs up to {need} bytes of shared memory, {target.arch or target.vendor} has {target.shared_bytes}"
-        )
+        have = f"{target.arch or target.vendor} has {target.shared_bytes}"
+        reasons.append(f"needs up to {need} bytes of shared memory, {have}")
     return reasons
 
 
-def _why_no_maps(config: KernelConfig, problem: Problem, target: Target, gated: bool, w: Matrix) -> list[str]:
+def _why_no_maps(config: KernelConfig, gemm: Gemm, target: Target) -> list[str]:
     reasons = []
     if target.capability < 90 and not target.interpret:
         reasons.append(f"tensor maps need sm_90 or newer, this is {target.arch or target.vendor}")
-    if not w.tma:
-        reasons.append(
-            "the expert matrix cannot be described by a tensor map: address and strides must be multiples of 16 bytes"
-        )
-    if max(config.block_m, wide(config, gated), config.block_k) > 256:
+    if not gemm.matrix.tma:
+        reasons.append("no tensor map describes the expert matrix: address and strides must be multiples of 16 bytes")
+    if max(config.block_m, wide(config, gemm), config.block_k) > 256:
         reasons.append("a side of a tensor map's box is at most 256")
-    inner = problem.hidden if gated or w is problem.w13 else problem.intermediate
-    if w.contiguous == "N" and inner % config.block_k:
+    if gemm.matrix.contiguous == "N" and gemm.inner % config.block_k:
         # Rows past K belong to the next expert; 0 * NaN would leak them in.
-        reasons.append(f"K = {inner} of a matrix stored [E, K, N] is no multiple of block_k={config.block_k}")
+        reasons.append(f"K = {gemm.inner} of a matrix stored [E, K, N] is no multiple of block_k={config.block_k}")
     return reasons

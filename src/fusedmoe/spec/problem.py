@@ -12,6 +12,23 @@ ITEMSIZE: dict[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2, "float64"
 
 
 @dataclass(frozen=True, kw_only=True)
+class Gemm:
+    """One of the two grouped GEMMs.
+
+    Attributes:
+        inner: K, the size that is summed over.
+        width: rows of weights to an output column: 2 where gate and up make one column, else 1.
+        matrix: layout of its expert matrix.
+        itemsize: bytes of an element.
+    """
+
+    inner: int
+    width: int
+    matrix: Matrix
+    itemsize: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Problem:
     """Sizes (see the glossary in :mod:`fusedmoe.spec`), type, layout and options of one call."""
 
@@ -26,7 +43,6 @@ class Problem:
     gate_up: GateUpLayout = "concatenated"
     w13: Matrix = Matrix("K", True)
     w2: Matrix = Matrix("K", True)
-    x_tma: bool = True
     w13_bias: bool = False
     w2_bias: bool = False
     weight_on_input: bool = False
@@ -47,6 +63,17 @@ class Problem:
     def itemsize(self) -> int:
         """Bytes of an element of hidden states and intermediates."""
         return ITEMSIZE[self.dtype]
+
+    @property
+    def gate_up_gemm(self) -> Gemm:
+        """The first GEMM, whose tiles hold gate and up rows of a gated layer."""
+        width = 2 if self.activation.gated else 1
+        return Gemm(inner=self.hidden, width=width, matrix=self.w13, itemsize=self.itemsize)
+
+    @property
+    def down_gemm(self) -> Gemm:
+        """The second GEMM."""
+        return Gemm(inner=self.intermediate, width=1, matrix=self.w2, itemsize=self.itemsize)
 
     @property
     def flops(self) -> int:
