@@ -44,6 +44,8 @@ def _tensor(
                 do="Reshape it (flatten leading dimensions of hidden states to T).",
             )
         )
+    if value.layout != torch.strided:
+        raise LayoutError(explain(name, got=value.layout, wanted="a dense tensor", do=f"Call {name}.to_dense()."))
     if value.dtype not in dtypes:
         quantised = value.dtype in (torch.int8, torch.uint8) or "float8" in str(value.dtype)
         do = (

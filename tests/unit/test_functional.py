@@ -44,6 +44,11 @@ MISTAKES = {
         ["hidden_states", "3 dimensions", "[T, H]", "flatten"],
     ),
     "hidden states no tensor": ({"hidden_states": [[1.0]]}, DTypeError, ["hidden_states", "list", "torch.Tensor"]),
+    "hidden states sparse": (
+        {"hidden_states": torch.eye(T, H).to_sparse()},
+        LayoutError,
+        ["hidden_states", "sparse_coo", "to_dense"],
+    ),
     "hidden states of integers": (
         {"hidden_states": torch.ones(T, H, dtype=torch.int32)},
         DTypeError,
@@ -202,6 +207,12 @@ def test_no_tokens():
     assert fusedmoe.fused_experts(**a, out=out) is out
 
 
+def test_meta_tensors_give_the_shape():
+    out = fusedmoe.fused_experts(**{name: tensor.to("meta") for name, tensor in arguments().items()})
+    assert out.device.type == "meta"
+    assert out.shape == (T, H)
+
+
 GRID = pairwise(
     {
         "dtype": ["float32", "float16", "bfloat16"],
@@ -246,6 +257,18 @@ def test_compiled_whole_with_dynamic_tokens(form):
             a[0], a[3], a[4] = torch.randn(tokens, H), torch.rand(tokens, K), torch.randint(E, (tokens, K))
             assert torch.equal(compiled(*a), layer(*a))
     assert frames.frame_count <= 2
+
+
+def test_exported_with_dynamic_tokens():
+    layer = fusedmoe.FusedExperts(E, H, I)
+    inputs = (torch.randn(5, H), torch.rand(5, K), torch.randint(E, (5, K)))
+    tokens = torch.export.Dim("tokens", min=1, max=4096)
+    with torch.no_grad():
+        program = torch.export.export(
+            layer, inputs, dynamic_shapes=({0: tokens}, {0: tokens}, {0: tokens}), strict=True
+        )
+        other = (torch.randn(9, H), torch.rand(9, K), torch.randint(E, (9, K)))
+        assert torch.equal(program.module()(*other), layer(*other))
 
 
 def test_operator_is_well_formed():
