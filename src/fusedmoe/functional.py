@@ -139,7 +139,7 @@ def workspace_bytes(
 ) -> int:
     """Bytes of workspace that :func:`fused_experts` needs for these arguments; depends on shapes alone.
 
-    It never shrinks when T grows within one backend's path, so the figure for the largest T serves all.
+    It never shrinks when T grows, so a workspace for the largest T serves all.
     Takes the options of :func:`fused_experts`, and raises what it raises.
     """
     call = check(hidden_states, w13, w2, topk_weights, topk_ids, **options)  # type: ignore[arg-type]

@@ -9,6 +9,7 @@ import torch
 
 from fusedmoe import experts
 from fusedmoe.backends import triton as backend
+from fusedmoe.backends.workspace import layout_bytes
 from fusedmoe.checks import check
 from fusedmoe.plan.planner import choose, support
 from fusedmoe.plan.validity import shared_bytes
@@ -126,6 +127,21 @@ def test_memory_cap_is_kept(target):
                 plan = choose(problem, small, "triton").triton
                 assert shared_bytes(plan.gate_up, problem.gate_up_gemm) <= cap
                 assert shared_bytes(plan.down, problem.down_gemm) <= cap
+
+
+@pytest.mark.parametrize("sizes", [(8, 128, 32, 16), (2, 8, 4096, 14336), (64, 4096, 16, 16), (1, 1, 64, 64)])
+def test_a_workspace_for_more_tokens_serves_fewer(sizes):
+    top_k, n_experts, hidden, intermediate = sizes
+    e = lambda *s, dtype=torch.bfloat16: torch.empty(*s, dtype=dtype, device="meta")  # noqa: E731
+    weights = e(n_experts, 2 * intermediate, hidden), e(n_experts, hidden, intermediate)
+    before = 0
+    for tokens in sorted({*range(1, 40), *(2**i + d for i in range(6, 18) for d in (-1, 0, 1))}):
+        x, w, ids = e(tokens, hidden), e(tokens, top_k), e(tokens, top_k, dtype=torch.int64)
+        problem = check(x, *weights, w, ids).problem
+        plan = choose(problem, TARGETS["sm_90"], "triton")
+        now = layout_bytes(backend.workspace_layout(problem, plan))
+        assert now >= before, tokens
+        before = now
 
 
 def test_tokens_do_not_make_variants(monkeypatch):

@@ -35,6 +35,8 @@ if settings().interpret:
 
 #: Most slots that one launch of one program routes.
 ONE_CHUNK = 1024
+#: Slots that one program sorts otherwise: up to 32768 slots, and above.
+CHUNKS = (256, 1024)
 #: Entries of the tile table that one program writes.
 TILES = 64
 #: Elements of the (chunk, expert) table that ``offsets`` holds at once, and of the one in ``_write_tiles``.
@@ -62,7 +64,7 @@ def _max_tiles(problem: Problem, block_m: int) -> int:
 
 def _chunk(slots: int) -> int:
     """Slots that one program sorts: a small sort is fast, many chunks make the one program of ``offsets`` slow."""
-    return 256 if slots <= 32768 else 1024
+    return CHUNKS[0] if slots <= 32768 else CHUNKS[1]
 
 
 def _overlap(plan: Plan) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -89,14 +91,15 @@ def workspace_layout(problem: Problem, plan: Plan) -> Layout:
     if how.gather:
         layout["tokens"] = ((slots, _row_stride(problem.hidden, dtype)), dtype)
     if not how.few:
-        max_tiles = _max_tiles(problem, how.gate_up.block_m)
+        # Sized for the lowest tile and the smallest chunk, so that a workspace for more tokens serves fewer.
+        max_tiles = _max_tiles(problem, 16)
         layout["slot"] = ((slots,), torch.int32)
         layout["offset"] = ((problem.experts + 1,), torch.int32)
         layout["tile_expert"] = ((max_tiles,), torch.int32)
         layout["tile_row"] = ((max_tiles,), torch.int32)
         layout["n_tiles"] = ((1,), torch.int32)
         if slots > ONE_CHUNK:
-            layout["base"] = ((math.ceil(slots / _chunk(slots)), problem.experts), torch.int32)
+            layout["base"] = ((math.ceil(slots / min(CHUNKS)), problem.experts), torch.int32)
     return layout
 
 
@@ -137,7 +140,8 @@ def route(call: Call, plan: Plan, work: Workspace) -> _Schedule:
             )
         else:
             base = work["base"]
-            n_chunks, chunk = base.shape[0], _chunk(problem.slots)
+            chunk = _chunk(problem.slots)
+            n_chunks = math.ceil(problem.slots / chunk)
             block_c = max(1, TABLE // e_pad)
             routing.count[(n_chunks,)](ids, base, **first, E=n_experts, E_PAD=e_pad, CHUNK=chunk)
             routing.offsets[(1,)](
