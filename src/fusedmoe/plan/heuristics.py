@@ -6,15 +6,16 @@ fit the device or the layout is then made smaller until :func:`fusedmoe.plan.val
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 from fusedmoe.plan.config import FEW, KernelConfig, TritonPlan
-from fusedmoe.plan.validity import why_not, wide
+from fusedmoe.plan.validity import why_no_maps, why_not, wide
 from fusedmoe.spec.problem import Gemm, Problem
 from fusedmoe.target import Target
 
-#: From this many rows per expert the operands are loaded by tensor map, and gathering rows first can pay.
-PREFILL_ROWS = 64
+#: From this mean of rows per expert on, an expert has tiles enough to share its weights in L2.
+TALL_ROWS = 256
 #: Copying the tokens into sorted rows costs 4 S H bytes, and saves a share of 4 S H I flops: it pays from this I.
 GATHER_INTERMEDIATE = 4096
 
@@ -80,45 +81,56 @@ def _ideal(problem: Problem, target: Target, block_m: int, gemm: Gemm, *, few: b
         return KernelConfig(block_m=min(32, block_m), block_n=64 // half, block_k=16, warps=4, stages=1, group_m=4)
     if block_m == 16:
         if few:
-            return KernelConfig(block_m=16, block_n=64 // half, block_k=128, warps=4, stages=4)
-        return KernelConfig(block_m=16, block_n=128 // half, block_k=128, warps=4, stages=3)
+            return _few(problem, target, gemm)
+        wide_rows = 64 if gate_up else 128
+        return KernelConfig(block_m=16, block_n=wide_rows // half, block_k=128, warps=4, stages=3)
     if block_m == 32:
-        return KernelConfig(block_m=32, block_n=128 // half, block_k=128, warps=4, stages=3)
+        if gate_up:
+            return KernelConfig(block_m=32, block_n=128 // half, block_k=128, warps=4, stages=3)
+        return KernelConfig(block_m=32, block_n=256, block_k=64, warps=4, stages=4)
     if block_m == 64:
         return KernelConfig(block_m=64, block_n=128 // half, block_k=64, warps=4, stages=4)
     if target.vendor == "nvidia" and target.capability < 90:
         # mma.sync keeps its operands in registers beside the accumulators; WGMMA reads them from shared memory.
         return KernelConfig(block_m=128, block_n=128 // half, block_k=64, warps=8, stages=3, group_m=8)
-    tall = mean >= 256
+    tile = KernelConfig(block_m=128, block_n=256 // half, block_k=64, warps=8, stages=4, group_m=4, maps="w")
+    if mean < TALL_ROWS:
+        return tile
     if gate_up:
-        gather = tall and problem.intermediate >= GATHER_INTERMEDIATE
-        return KernelConfig(
-            block_m=128,
-            block_n=256 // half,
-            block_k=64,
-            warps=8,
-            stages=3 if tall else 4,
-            group_m=16 if gather else 4 if tall else 8,
-            maps="xw" if gather else "w",
-            programs_per_sm=1 if gather else 0,
-        )
-    short = gemm.inner <= 512
-    return KernelConfig(
-        block_m=128,
-        block_n=256 // half,
-        block_k=64,
-        warps=8,
-        stages=3 if short or tall else 4,
-        group_m=8,
-        maps="xw",
-        programs_per_sm=1 if short or tall else 0,
-        flatten=short,
-    )
+        if problem.intermediate >= GATHER_INTERMEDIATE:
+            return replace(tile, group_m=16, maps="xw")
+        return replace(tile, stages=3)
+    if gemm.inner <= 512:  # hardly longer than the epilogue: one pipeline over the tiles hides it
+        return replace(tile, stages=3, group_m=8, maps="xw", programs_per_sm=1, flatten=True)
+    return replace(tile, group_m=8, maps="xw", programs_per_sm=1)
+
+
+def _few(problem: Problem, target: Target, gemm: Gemm) -> KernelConfig:
+    """A tile of few slots: wide or narrow, whichever leaves fewer multiprocessors idle in the last wave.
+
+    Weights are streamed once, so what counts is that all memory pipes stay busy: a wave that is a third full costs as
+    much as a full one (mixtral-8x7b, T = 8, down: 253 us narrow, 1.3 waves; 223 us wide, one wave). Narrow tiles are
+    more loads in flight where one wave holds them all, and wide ones must win clearly.
+    """
+    narrow = KernelConfig(block_m=16, block_n=64 // gemm.width, block_k=128, warps=4, stages=4)
+    wide_tile = replace(narrow, block_n=128 // gemm.width)
+
+    def waves(config: KernelConfig) -> float:
+        # Loads by pointer keep one step fewer in shared memory than there are stages.
+        step = (config.block_m + wide(config, gemm)) * config.block_k * gemm.itemsize
+        resident = max(1, target.shared_bytes // (step * (config.stages - 1) + 1024))
+        return problem.active_experts * -(-gemm.columns // config.block_n) / (target.n_sm * resident)
+
+    def waste(count: float) -> float:
+        return math.ceil(count) / count if count > 1 else 1.0
+
+    short = gemm.inner <= 512 and waves(narrow) > 4
+    return wide_tile if short or waste(waves(wide_tile)) < 0.85 * waste(waves(narrow)) else narrow
 
 
 def _fit(config: KernelConfig, gemm: Gemm, target: Target) -> KernelConfig:
     """Make a tile smaller until nothing speaks against it."""
-    if config.maps != "none" and why_not(replace(config, block_k=16, stages=1), gemm, target):
+    if config.maps != "none" and why_no_maps(config, gemm, target):
         config = replace(config, maps="none", programs_per_sm=0, flatten=False)
     if target.vendor not in ("nvidia", "cpu"):
         config = replace(config, stages=2)

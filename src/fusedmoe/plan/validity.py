@@ -43,7 +43,7 @@ def why_not(config: KernelConfig, gemm: Gemm, target: Target) -> list[str]:
     if config.flatten and not config.programs_per_sm:
         reasons.append("flatten needs a persistent grid (programs_per_sm > 0)")
     if config.maps != "none":
-        reasons += _why_no_maps(config, gemm, target)
+        reasons += why_no_maps(config, gemm, target)
     need = shared_bytes(config, gemm)
     if need > target.shared_bytes:
         have = f"{target.arch or target.vendor} has {target.shared_bytes}"
@@ -51,7 +51,8 @@ def why_not(config: KernelConfig, gemm: Gemm, target: Target) -> list[str]:
     return reasons
 
 
-def _why_no_maps(config: KernelConfig, gemm: Gemm, target: Target) -> list[str]:
+def why_no_maps(config: KernelConfig, gemm: Gemm, target: Target) -> list[str]:
+    """Every reason against loading by tensor map."""
     reasons = []
     if target.capability < 90 and not target.interpret:
         reasons.append(f"tensor maps need sm_90 or newer, this is {target.arch or target.vendor}")

@@ -16,12 +16,14 @@ class Gemm:
     """One of the two grouped GEMMs.
 
     Attributes:
+        columns: output columns.
         inner: K, the size that is summed over.
         width: rows of weights to an output column: 2 where gate and up make one column, else 1.
         matrix: layout of its expert matrix.
         itemsize: bytes of an element.
     """
 
+    columns: int
     inner: int
     width: int
     matrix: Matrix
@@ -68,12 +70,12 @@ class Problem:
     def gate_up_gemm(self) -> Gemm:
         """The first GEMM, whose tiles hold gate and up rows of a gated layer."""
         width = 2 if self.activation.gated else 1
-        return Gemm(inner=self.hidden, width=width, matrix=self.w13, itemsize=self.itemsize)
+        return Gemm(columns=self.intermediate, inner=self.hidden, width=width, matrix=self.w13, itemsize=self.itemsize)
 
     @property
     def down_gemm(self) -> Gemm:
         """The second GEMM."""
-        return Gemm(inner=self.intermediate, width=1, matrix=self.w2, itemsize=self.itemsize)
+        return Gemm(columns=self.hidden, inner=self.intermediate, width=1, matrix=self.w2, itemsize=self.itemsize)
 
     @property
     def flops(self) -> int:
