@@ -67,7 +67,8 @@ def fused_experts(
         fp32_precision: products of float32 operands: "ieee", or "tf32" where the device has it.
         backend: "auto", "triton" or "torch"; None takes the process's setting (FUSEDMOE_BACKEND).
         out: [T, H], written and returned; may not share memory with hidden_states.
-        workspace: uint8 buffer of at least :func:`workspace_bytes`; None allocates it.
+        workspace: uint8 buffer of at least :func:`workspace_bytes`; None allocates it. Under torch.compile the
+            layer is one operator, which allocates its own; a workspace is not used there.
 
     Returns:
         [T, H] in the type of hidden_states.
@@ -94,6 +95,7 @@ def fused_experts(
             w13_bias,
             w2_bias,
             expert_map,
+            global_num_experts,
             act.name,
             act.alpha,
             act.beta,

@@ -17,17 +17,12 @@ from fusedmoe.target import target_of
 _LIBRARY = torch.library.Library("fusedmoe", "DEF")
 _LIBRARY.define(
     "fused_experts(Tensor hidden_states, Tensor w13, Tensor w2, Tensor topk_weights, Tensor topk_ids, "
-    "Tensor? w13_bias, Tensor? w2_bias, Tensor? expert_map, str activation, float? alpha, float? beta, float? limit, "
-    "float? linear_beta, str gate_up_layout, str weight_layout, bool apply_router_weight_on_input, "
+    "Tensor? w13_bias, Tensor? w2_bias, Tensor? expert_map, int? global_num_experts, "
+    "str activation, float? alpha, float? beta, float? limit, float? linear_beta, "
+    "str gate_up_layout, str weight_layout, bool apply_router_weight_on_input, "
     "str fp32_precision, str? backend) -> Tensor",
     tags=(torch.Tag.needs_fixed_stride_order,),
 )
-
-
-def _activation(
-    name: str, alpha: float | None, beta: float | None, limit: float | None, linear: float | None
-) -> Activation:
-    return Activation(name, alpha=alpha, beta=beta, limit=limit, linear_beta=linear)
 
 
 def _fused_experts(
@@ -39,6 +34,7 @@ def _fused_experts(
     w13_bias: torch.Tensor | None,
     w2_bias: torch.Tensor | None,
     expert_map: torch.Tensor | None,
+    global_num_experts: int | None,
     activation: str,
     alpha: float | None,
     beta: float | None,
@@ -56,13 +52,14 @@ def _fused_experts(
         w2,
         topk_weights,
         topk_ids,
-        activation=_activation(activation, alpha, beta, limit, linear_beta),
+        activation=Activation(activation, alpha=alpha, beta=beta, limit=limit, linear_beta=linear_beta),
         gate_up_layout=gate_up_layout,
         weight_layout=weight_layout,
         w13_bias=w13_bias,
         w2_bias=w2_bias,
         apply_router_weight_on_input=apply_router_weight_on_input,
         expert_map=expert_map,
+        global_num_experts=global_num_experts,
         fp32_precision=fp32_precision,
     )
     return experts.run(call, choose(call.problem, target_of(hidden_states.device), backend))
