@@ -19,19 +19,19 @@ from fusedmoe.plan.planner import SUPPORTS
 from fusedmoe.spec.activation import REQUIRED, TABLE, Activation
 from fusedmoe.spec.layout import FP32_PRECISIONS, GATE_UP_LAYOUTS, WEIGHT_LAYOUTS
 from fusedmoe.spec.problem import Problem
-from fusedmoe.target import Target
+from fusedmoe.target import KNOWN, Target
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results" / "h200-bf16.json"
 
-#: Devices to ask the planner about; the sizes are what such devices have.
+#: Devices to ask the planner about.
 TARGETS = {
-    "NVIDIA sm_75": Target("nvidia", "sm_75", 75, 40, 65536),
-    "NVIDIA sm_80": Target("nvidia", "sm_80", 80, 108, 166912),
-    "NVIDIA sm_90": Target("nvidia", "sm_90", 90, 132, 232448),
-    "NVIDIA sm_100": Target("nvidia", "sm_100", 100, 148, 232448),
-    "AMD gfx942": Target("amd", "gfx942", 0, 304, 65536),
+    "NVIDIA sm_75": KNOWN["sm_75"],
+    "NVIDIA sm_80": KNOWN["sm_80"],
+    "NVIDIA sm_90": KNOWN["sm_90"],
+    "NVIDIA sm_100": KNOWN["sm_100"],
+    "AMD gfx942": KNOWN["gfx942"],
     "Intel XPU": Target("intel", "xpu", 0, 64, 131072),
     "CPU": Target("cpu"),
     "CPU, Triton's interpreter": Target("cpu", interpret=True),

@@ -34,6 +34,21 @@ class Target:
     triton: bool = True
 
 
+#: Devices that can be planned and compiled for without having one: a T4, A100, RTX A6000, L40S, H200, B200, MI300X.
+KNOWN = {
+    target.arch: target
+    for target in (
+        Target("nvidia", "sm_75", 75, 40, 65536),
+        Target("nvidia", "sm_80", 80, 108, 166912),
+        Target("nvidia", "sm_86", 86, 84, 101376),
+        Target("nvidia", "sm_89", 89, 142, 101376),
+        Target("nvidia", "sm_90", 90, 132, 232448),
+        Target("nvidia", "sm_100", 100, 148, 232448),
+        Target("amd", "gfx942", 0, 304, 65536),
+    )
+}
+
+
 def _nvidia(index: int) -> Target:
     properties = torch.cuda.get_device_properties(index)
     # Older torch lacks the opt-in limit; then the limits of CUDA's programming guide stand in for it.

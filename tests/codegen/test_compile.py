@@ -14,19 +14,14 @@ from fusedmoe.checks import check
 from fusedmoe.plan.planner import choose, support
 from fusedmoe.plan.validity import shared_bytes
 from fusedmoe.settings import settings
-from fusedmoe.target import Target
+from fusedmoe.target import KNOWN, Target
+from fusedmoe.testing import codegen
 from fusedmoe.testing.codegen import compiling_for
 
 if settings().interpret:
     pytest.skip("compiles, so TRITON_INTERPRET must not be set", allow_module_level=True)
 
-TARGETS = {
-    "sm_75": Target("nvidia", "sm_75", 75, 40, 65536),
-    "sm_80": Target("nvidia", "sm_80", 80, 108, 166912),
-    "sm_90": Target("nvidia", "sm_90", 90, 132, 232448),
-    "sm_100": Target("nvidia", "sm_100", 100, 148, 232448),
-    "gfx942": Target("amd", "gfx942", 0, 304, 65536),
-}
+TARGETS = {name: KNOWN[name] for name in codegen.TARGETS}
 #: (tokens, top_k, experts, hidden, intermediate): one for each form that the planner knows
 SHAPES = {
     "few": (1, 8, 128, 2048, 768),

@@ -10,7 +10,7 @@ import torch
 import fusedmoe
 from fusedmoe import reference
 from fusedmoe.schemes.dense import TOLERANCE
-from fusedmoe.testing.cases import ACTIVATIONS, Case, pairwise, run_poisoned
+from fusedmoe.testing.cases import OPTIONS, Case, pairwise, run_poisoned
 from fusedmoe.testing.verify import relative_error
 
 pytestmark = [
@@ -35,35 +35,12 @@ SHAPES = [
     (5000, 2, 8, 512, 384),
     (2100, 2, 8, 128, 4096),  # tall tiles and a large I: rows are gathered first
 ]
-GRID = pairwise(
-    {
-        "shape": SHAPES,
-        "dtype": ["float32", "float16", "bfloat16"],
-        "activation": list(ACTIVATIONS),
-        "gate_up_layout": ["concatenated", "interleaved"],
-        "weight_layout": ["NK", "KN"],
-        "bias": [False, True],
-        "on_input": [False, True],
-        "mapped": [False, True],
-        "ids": ["uniform", "any", "one", "invalid", "absent"],
-        "id_dtype": ["int32", "int64"],
-        "router_dtype": ["float32", "float16", "bfloat16"],
-        "pad": [0, 3, 8],
-    },
-    seed=1,
-)
-
-
-def case_of(shape, **options) -> Case:
-    tokens, top_k, n_experts, hidden, intermediate = shape
-    return Case(
-        tokens=tokens, top_k=top_k, experts=n_experts, hidden=hidden, intermediate=intermediate, **options
-    )  # fmt: skip
+GRID = pairwise({"shape": SHAPES, **OPTIONS}, seed=1)
 
 
 @pytest.mark.parametrize("row", range(len(GRID)))
 def test_option_grid(row):
-    case = case_of(**GRID[row])
+    case = Case.of(**GRID[row])
     _, error = run_poisoned(case, "cuda", seed=row)
     assert error < TOLERANCE[case.dtype], case
 
@@ -71,7 +48,7 @@ def test_option_grid(row):
 def test_graph_replays_with_other_routing():
     """Captured once, replayed with other ids, also all on one expert, all absent: nothing of a routing is baked in."""
     for shape in ((4, 8, 128, 256, 192), (300, 8, 128, 256, 192), (5000, 2, 8, 512, 384)):
-        case = case_of(shape, ids="uniform")
+        case = Case.of(shape, ids="uniform")
         arguments, options = case.draw("cuda")
         x, w13, w2, weights, ids = arguments
         stream = torch.cuda.Stream()
@@ -82,7 +59,7 @@ def test_graph_replays_with_other_routing():
             with torch.cuda.graph(graph, stream=stream):
                 out = fusedmoe.fused_experts(*arguments, **options)
         for kind in ("any", "one", "invalid", "absent"):
-            other, _ = case_of(shape, ids=kind).draw("cuda", seed=5)
+            other, _ = Case.of(shape, ids=kind).draw("cuda", seed=5)
             ids.copy_(other[4])
             x.copy_(other[0])
             out.fill_(float("nan"))
@@ -94,14 +71,14 @@ def test_graph_replays_with_other_routing():
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_tensors_on_another_device_than_the_current_one():
-    case = case_of((300, 8, 128, 256, 192))
+    case = Case.of((300, 8, 128, 256, 192))
     with torch.cuda.device(0):
         _, error = run_poisoned(case, "cuda:1")
     assert error < TOLERANCE["bfloat16"]
 
 
 def test_side_stream_and_threads():
-    case = case_of((300, 8, 32, 256, 192))
+    case = Case.of((300, 8, 32, 256, 192))
     arguments, options = case.draw("cuda")
     want = fusedmoe.fused_experts(*arguments, **options)
     torch.cuda.synchronize()
@@ -148,7 +125,7 @@ def test_more_than_2_to_31_elements():
 
 
 def test_no_weight_is_copied():
-    case = case_of((300, 8, 64, 1024, 512), weight_layout="KN", pad=8)
+    case = Case.of((300, 8, 64, 1024, 512), weight_layout="KN", pad=8)
     arguments, options = case.draw("cuda")
     fusedmoe.fused_experts(*arguments, **options)
     torch.cuda.synchronize()
@@ -161,7 +138,7 @@ def test_no_weight_is_copied():
 
 
 def test_torch_backend_agrees():
-    case = case_of((300, 8, 32, 256, 192), ids="invalid", bias=True)
+    case = Case.of((300, 8, 32, 256, 192), ids="invalid", bias=True)
     arguments, options = case.draw("cuda")
     out = fusedmoe.fused_experts(*arguments, backend="torch", **options)
     want = reference.fused_experts(*arguments, **options)
@@ -169,7 +146,7 @@ def test_torch_backend_agrees():
 
 
 def test_fp32_is_not_tf32_unless_asked():
-    case = case_of((300, 8, 32, 256, 192), dtype="float32")
+    case = Case.of((300, 8, 32, 256, 192), dtype="float32")
     arguments, options = case.draw("cuda")
     want = reference.fused_experts(*arguments, **options)
     before = torch.backends.cuda.matmul.allow_tf32
@@ -185,7 +162,7 @@ def test_fp32_is_not_tf32_unless_asked():
 
 @pytest.mark.parametrize("shape", [(4, 8, 128, 256, 192), (300, 8, 128, 256, 192)])
 def test_compiled_whole(shape):
-    case = case_of(shape)
+    case = Case.of(shape)
     arguments, options = case.draw("cuda")
     layer = torch.compile(lambda *a: fusedmoe.fused_experts(*a, **options) * 2, fullgraph=True)
     with torch.no_grad():

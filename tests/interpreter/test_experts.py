@@ -15,7 +15,7 @@ from fusedmoe.schemes.dense import TOLERANCE
 from fusedmoe.settings import settings
 from fusedmoe.spec.activation import Activation
 from fusedmoe.target import target_of
-from fusedmoe.testing.cases import ACTIVATIONS, Case, pairwise, run_poisoned
+from fusedmoe.testing.cases import ACTIVATIONS, OPTIONS, Case, pairwise, run_poisoned
 from fusedmoe.testing.verify import relative_error
 
 if not settings().interpret:
@@ -35,34 +35,12 @@ SHAPES = [
     (70, 3, 7, 33, 24),  # scheduled, ragged
     (9, 8, 200, 24, 32),  # scheduled, most experts empty
 ]
-GRID = pairwise(
-    {
-        "shape": SHAPES,
-        "dtype": ["float32", "float16", "bfloat16"],
-        "activation": list(ACTIVATIONS),
-        "gate_up_layout": ["concatenated", "interleaved"],
-        "weight_layout": ["NK", "KN"],
-        "bias": [False, True],
-        "on_input": [False, True],
-        "mapped": [False, True],
-        "ids": ["uniform", "any", "one", "invalid", "absent"],
-        "id_dtype": ["int32", "int64"],
-        "router_dtype": ["float32", "float16", "bfloat16"],
-        "pad": [0, 3],
-    }
-)
-
-
-def case_of(shape, **options) -> Case:
-    tokens, top_k, n_experts, hidden, intermediate = shape
-    return Case(
-        tokens=tokens, top_k=top_k, experts=n_experts, hidden=hidden, intermediate=intermediate, **options
-    )  # fmt: skip
+GRID = pairwise({"shape": SHAPES, **OPTIONS})
 
 
 @pytest.mark.parametrize("row", range(len(GRID)))
 def test_option_grid(row):
-    case = case_of(**GRID[row])
+    case = Case.of(**GRID[row])
     _, error = run_poisoned(case, seed=row)
     assert error < TOLERANCE[case.dtype], case
 
@@ -70,19 +48,19 @@ def test_option_grid(row):
 @pytest.mark.parametrize("ids", ["uniform", "invalid", "one"])
 def test_many_slots_need_three_launches(ids):
     # More than 1024 slots: count, offsets, scatter, over several chunks.
-    case = case_of((530, 2, 5, 16, 16), ids=ids)
+    case = Case.of((530, 2, 5, 16, 16), ids=ids)
     _, error = run_poisoned(case)
     assert error < TOLERANCE[case.dtype]
 
 
 def test_top_k_64_and_4096_experts():
     for shape in ((2, 64, 64, 16, 16), (1, 2, 4096, 16, 16), (40, 2, 4096, 16, 16)):
-        _, error = run_poisoned(case_of(shape, dtype="float32"))
+        _, error = run_poisoned(Case.of(shape, dtype="float32"))
         assert error < TOLERANCE["float32"], shape
 
 
 def test_ids_of_int64_beyond_int32_are_absent():
-    case = case_of((4, 3, 4, 32, 16), dtype="float32")
+    case = Case.of((4, 3, 4, 32, 16), dtype="float32")
     arguments, options = case.draw()
     ids = arguments[4]
     ids[0, 0], ids[1, 1], ids[2] = 2**63 - 1, -(2**63), 2**32  # 2**32 would be expert 0 if truncated
@@ -97,7 +75,7 @@ def fused(arguments, options, plan: Plan | None = None) -> torch.Tensor:
 
 
 def test_nan_in_one_token_stays_in_its_row():
-    case = case_of((40, 2, 4, 32, 16), dtype="float32")
+    case = Case.of((40, 2, 4, 32, 16), dtype="float32")
     arguments, options = case.draw()
     clean = fused(arguments, options)
     arguments[0][7] = float("nan")
@@ -109,7 +87,7 @@ def test_nan_in_one_token_stays_in_its_row():
 
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
 def test_activations_keep_nan(activation):
-    case = case_of((2, 1, 1, 16, 16), dtype="float32", activation=activation)
+    case = Case.of((2, 1, 1, 16, 16), dtype="float32", activation=activation)
     arguments, options = case.draw()
     arguments[0][0] = float("nan")
     out = fused(arguments, options)
@@ -136,7 +114,7 @@ def test_tensor_maps_and_persistent_grids(form, layout, sizes):
     hidden, intermediate = sizes
     if layout[1] == "KN":  # a ragged K cannot be loaded by map from this storage: see plan/validity.py
         hidden, intermediate = 64, 64
-    case = case_of(
+    case = Case.of(
         (50, 2, 3, hidden, intermediate), dtype="float16", gate_up_layout=layout[0], weight_layout=layout[1],
         ids="invalid", bias=True,
     )  # fmt: skip
@@ -171,7 +149,7 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_the_bound_rejects_planted_faults(fault, dtype):
-    arguments, options = case_of((40, 2, 4, 96, 64), dtype=dtype).draw()
+    arguments, options = Case.of((40, 2, 4, 96, 64), dtype=dtype).draw()
     want = reference.fused_experts(*arguments, **options)
     wrong_arguments, wrong_options, scale = FAULTS[fault](arguments, options)
     out = scale * fused(wrong_arguments, wrong_options)
@@ -190,7 +168,7 @@ def _spread(tensor: torch.Tensor, dim: int, step: int) -> torch.Tensor:
 @pytest.mark.parametrize("position", ["hidden_states", "w13", "w2", "topk_weights", "topk_ids", "bias", "out"])
 @pytest.mark.parametrize("tokens", [3, 40])
 def test_offsets_beyond_2_to_31(position, tokens):
-    case = case_of((tokens, 2, 3, 32, 16), dtype="float16", bias=True, id_dtype="int32", router_dtype="float16")
+    case = Case.of((tokens, 2, 3, 32, 16), dtype="float16", bias=True, id_dtype="int32", router_dtype="float16")
     arguments, options = case.draw()
     want = fused(arguments, options)
     names = ["hidden_states", "w13", "w2", "topk_weights", "topk_ids"]

@@ -19,7 +19,7 @@ from fusedmoe.errors import (
     WorkspaceError,
 )
 from fusedmoe.plan.planner import SUPPORTS
-from fusedmoe.testing.cases import ACTIVATIONS, Case, pairwise
+from fusedmoe.testing.cases import OPTIONS, Case, pairwise
 from fusedmoe.testing.verify import relative_error
 
 T, K, E, H, I = 6, 2, 4, 32, 24
@@ -213,21 +213,7 @@ def test_meta_tensors_give_the_shape():
     assert out.shape == (T, H)
 
 
-GRID = pairwise(
-    {
-        "dtype": ["float32", "float16", "bfloat16"],
-        "activation": list(ACTIVATIONS),
-        "gate_up_layout": ["concatenated", "interleaved"],
-        "weight_layout": ["NK", "KN"],
-        "bias": [False, True],
-        "on_input": [False, True],
-        "mapped": [False, True],
-        "ids": ["uniform", "any", "one", "invalid", "absent"],
-        "id_dtype": ["int32", "int64"],
-        "router_dtype": ["float32", "float16", "bfloat16"],
-        "pad": [0, 3],
-    }
-)
+GRID = pairwise(OPTIONS)
 
 
 @pytest.mark.parametrize("row", range(len(GRID)))
@@ -259,6 +245,14 @@ def test_compiled_whole_with_dynamic_tokens(form):
     assert frames.frame_count <= 2
 
 
+def test_a_mistake_is_explained_when_compiled_too():
+    compiled = torch.compile(
+        lambda a: fusedmoe.fused_experts(**a, global_num_experts=E + 1), fullgraph=True, backend="aot_eager"
+    )
+    with torch.no_grad(), pytest.raises(OptionError, match="global_num_experts"):
+        compiled(arguments())
+
+
 def test_exported_with_dynamic_tokens():
     layer = fusedmoe.FusedExperts(E, H, I)
     inputs = (torch.randn(5, H), torch.rand(5, K), torch.randint(E, (5, K)))
@@ -276,6 +270,7 @@ def test_operator_is_well_formed():
     act = fusedmoe.Activation("silu")
     args = (
         *a.values(),
+        None,
         None,
         None,
         None,

@@ -13,17 +13,10 @@ from fusedmoe.plan.validity import why_not
 from fusedmoe.spec.activation import Activation
 from fusedmoe.spec.layout import Matrix
 from fusedmoe.spec.problem import Problem
-from fusedmoe.target import Target
+from fusedmoe.target import KNOWN, Target
 
-H200 = Target("nvidia", "sm_90", 90, 132, 232448)
-TARGETS = [
-    Target("nvidia", "sm_75", 75, 40, 65536),
-    Target("nvidia", "sm_80", 80, 108, 166912),
-    Target("nvidia", "sm_89", 89, 128, 101376),
-    H200,
-    Target("amd", "gfx942", 0, 304, 65536),
-    Target("intel", "xpu", 0, 64, 131072),
-]
+H200 = KNOWN["sm_90"]
+TARGETS = [*KNOWN.values(), Target("intel", "xpu", 0, 64, 131072)]
 
 
 def problem(tokens=512, top_k=8, experts=128, hidden=2048, intermediate=768, dtype="bfloat16", **options) -> Problem:
@@ -78,7 +71,7 @@ def test_tensor_maps_only_where_they_describe_the_matrix():
     # Rows past K of a matrix stored [E, K, N] are the next expert's.
     ragged = problem(**tall, intermediate=784, w2=Matrix("N", tma=True))
     assert choose(ragged, H200, "triton").triton.down.maps == "none"
-    assert choose(problem(**tall), TARGETS[1], "triton").triton.gate_up.maps == "none"
+    assert choose(problem(**tall), KNOWN["sm_80"], "triton").triton.gate_up.maps == "none"
 
 
 def test_every_reason_of_every_backend():

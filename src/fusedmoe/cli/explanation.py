@@ -16,18 +16,21 @@ from fusedmoe.plan.floor import H200, Floor, floor_of
 from fusedmoe.plan.planner import choose, support
 from fusedmoe.spec.layout import WeightLayout
 from fusedmoe.spec.problem import Problem
-from fusedmoe.target import Target, target_of
+from fusedmoe.target import KNOWN, Target, target_of
 
-#: Targets that can be asked about without having one: (a device of that kind, its facts).
+#: Targets that can be asked about without having one: what such a device is called, and its facts.
 ARCHS = {
-    "sm_75": ("T4", Target("nvidia", "sm_75", 75, 40, 65536)),
-    "sm_80": ("A100", Target("nvidia", "sm_80", 80, 108, 166912)),
-    "sm_86": ("RTX A6000", Target("nvidia", "sm_86", 86, 84, 101376)),
-    "sm_89": ("L40S", Target("nvidia", "sm_89", 89, 142, 101376)),
-    "sm_90": ("H200", Target("nvidia", "sm_90", 90, 132, 232448)),
-    "sm_100": ("B200", Target("nvidia", "sm_100", 100, 148, 232448)),
-    "gfx942": ("MI300X", Target("amd", "gfx942", 0, 304, 65536)),
-    "cpu": ("a CPU", Target("cpu")),
+    arch: (name, Target("cpu") if arch == "cpu" else KNOWN[arch])
+    for arch, name in {
+        "sm_75": "T4",
+        "sm_80": "A100",
+        "sm_86": "RTX A6000",
+        "sm_89": "L40S",
+        "sm_90": "H200",
+        "sm_100": "B200",
+        "gfx942": "MI300X",
+        "cpu": "a CPU",
+    }.items()
 }
 
 

@@ -1,6 +1,6 @@
 """Tiles from shape and device facts, when nothing was measured for them.
 
-The numbers are what an exhaustive sweep on an H200 chose in bfloat16 (docs/performance.md); what does not
+The numbers are what a sweep on an H200 chose in bfloat16 (docs/performance.md); what does not
 fit the device or the layout is then made smaller until :func:`fusedmoe.plan.validity.why_not` is content.
 """
 

@@ -36,6 +36,21 @@ ACTIVATIONS = (
 #: Ids that name no expert, whatever their number; E and E + 1 are two more. All fit int32.
 ABSENT = (-1, -7, 2**31 - 1, -(2**31))
 
+#: Every option of a case but its sizes, for :func:`pairwise`.
+OPTIONS: dict[str, Sequence[Any]] = {
+    "dtype": ("float32", "float16", "bfloat16"),
+    "activation": ACTIVATIONS,
+    "gate_up_layout": ("concatenated", "interleaved"),
+    "weight_layout": ("NK", "KN"),
+    "bias": (False, True),
+    "on_input": (False, True),
+    "mapped": (False, True),
+    "ids": ("uniform", "any", "one", "invalid", "absent"),
+    "id_dtype": ("int32", "int64"),
+    "router_dtype": ("float32", "float16", "bfloat16"),
+    "pad": (0, 3, 8),
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
@@ -59,6 +74,12 @@ class Case:
     id_dtype: str = "int64"
     router_dtype: str = "float32"
     pad: int = 0
+
+    @classmethod
+    def of(cls, shape: tuple[int, int, int, int, int], **options: Any) -> Case:
+        """A case of sizes (tokens, top_k, experts, hidden, intermediate)."""
+        sizes: dict[str, Any] = dict(zip(("tokens", "top_k", "experts", "hidden", "intermediate"), shape, strict=True))
+        return cls(**sizes, **options)
 
     def draw(self, device: str = "cpu", seed: int = 0) -> tuple[tuple[torch.Tensor, ...], dict[str, Any]]:
         """Arguments and options of ``fused_experts``."""
