@@ -223,10 +223,14 @@ def _time_cuda(call: Callable[[], object], *, graph: bool) -> float:
             stream.synchronize()
             return statistics.median(1e3 * float(a.elapsed_time(b)) for a, b in zip(start, end, strict=True))
 
-        us, warm = measure(2), time.perf_counter() + WARM_UP_S
+        # Clocks rise under any load, and fall again when a GPU at full power has spent its budget: streaming memory
+        # warms up for the first without bringing on the second.
+        warm = time.perf_counter() + WARM_UP_S
         while time.perf_counter() < warm:
-            us = measure(5)
-        return measure(_repeats(us))
+            for _ in range(100):
+                flush.zero_()
+            stream.synchronize()
+        return measure(_repeats(measure(2)))
 
 
 @torch.no_grad()

@@ -149,7 +149,7 @@ def _some_invalid(ids: Tensor) -> Tensor:
     invalid = torch.tensor([-1, 8, 2**31 - 1, -(2**63)])
     ids = ids.clone()
     ids[::3, 0] = invalid[torch.arange(len(ids[::3])) % len(invalid)]
-    ids[4] = -1
+    ids[-1] = -1
     return ids
 
 

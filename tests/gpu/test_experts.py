@@ -157,7 +157,9 @@ def test_fp32_is_not_tf32_unless_asked():
         torch.backends.cuda.matmul.allow_tf32 = before
     assert relative_error(exact, want) < TOLERANCE["float32"]
     rough = fusedmoe.fused_experts(*arguments, fp32_precision="tf32", **options)
-    assert 1e-5 < relative_error(rough, want) < 1e-3
+    # Tensor cores drop the bits below tf32's 10: each factor shrinks by up to 2^-10, and a weight, a token (in gate and
+    # in up) and an intermediate meet in one output.
+    assert 1e-5 < relative_error(rough, want) < 6 * 2**-10
 
 
 @pytest.mark.parametrize("shape", [(4, 8, 128, 256, 192), (300, 8, 128, 256, 192)])
