@@ -19,7 +19,7 @@ except ImportError:  # no Triton on this machine: device functions stay plain Py
         return function
 
 
-__all__ = ["device_guard", "jit", "teach_interpreter_bfloat16", "tl"]
+__all__ = ["device_guard", "jit", "teach_interpreter", "tl"]
 
 _HERE: AbstractContextManager[None] = contextlib.nullcontext()
 
@@ -33,22 +33,26 @@ def device_guard(device: torch.device) -> AbstractContextManager[object]:
     return _HERE
 
 
-def teach_interpreter_bfloat16() -> None:
-    """Let Triton's interpreter compute in bfloat16 as a device does.
+def teach_interpreter() -> None:
+    """Let Triton's interpreter compute in bfloat16 and float8 as a device does.
 
     The interpreter (3.5 to 3.7) keeps bfloat16 as uint16 bit patterns; its ``tl.dot`` multiplies those, and its
     cast from float32 truncates. Here the dot widens them to float32 first, which is exact, and the cast rounds
-    to nearest even. Retire when the interpreter does both.
+    to nearest even. Its cast from float32 to float8_e4m3fn neither saturates nor keeps NaN and subnormals; here it does as
+    ``cvt.rn.satfinite`` does. Retire when the interpreter does all.
     """
     import numpy as np
     import triton.language as tl
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-    dot, cast = InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl
+    dot, cast, float_cast = InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl, InterpreterBuilder.create_fp_to_fp
     if getattr(dot, "_fusedmoe", False):
         return
 
     def widen(handle: TensorHandle) -> TensorHandle:
+        if handle.dtype.scalar == tl.float8e4nv:
+            codes = torch.from_numpy(np.ascontiguousarray(handle.data)).view(torch.float8_e4m3fn)
+            return TensorHandle(codes.float().numpy(), tl.float32)
         if handle.dtype.scalar != tl.bfloat16:
             return handle
         return TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
@@ -64,7 +68,14 @@ def teach_interpreter_bfloat16() -> None:
         quiet = (bits >> 16) | 0x40  # rounding must not turn a NaN into infinity
         return TensorHandle(np.where(np.isnan(src.data), quiet, rounded).astype(np.uint16), tl.bfloat16)
 
+    def create_fp_to_fp(self: Any, src: TensorHandle, dst_type: Any, rounding_mode: Any) -> TensorHandle:
+        if (src.dtype.scalar, dst_type.scalar) != (tl.float32, tl.float8e4nv):
+            return float_cast(self, src, dst_type, rounding_mode)
+        value = torch.from_numpy(np.ascontiguousarray(src.data, np.float32)).clamp(-448.0, 448.0)
+        return TensorHandle(value.to(torch.float8_e4m3fn).view(torch.uint8).numpy(), tl.float8e4nv)
+
     create_dot._fusedmoe = True  # type: ignore[attr-defined]
     InterpreterBuilder.create_dot = create_dot
+    InterpreterBuilder.create_fp_to_fp = create_fp_to_fp
     # The casting methods look cast_impl up on the instance, so replacing it here reaches all of them.
     InterpreterBuilder.cast_impl = cast_impl

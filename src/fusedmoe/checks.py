@@ -1,4 +1,4 @@
-"""Turn the arguments of a user into a checked :class:`~fusedmoe.spec.call.Call`, or an error that helps.
+"""Turn the arguments of a user into a checked :class:`~fusedmoe.call.Call`, or an error that helps.
 
 Nothing here reads a tensor's elements: values of ids are the kernels' business (any id is harmless), and a
 read would stall a GPU.
@@ -8,17 +8,22 @@ from __future__ import annotations
 
 import torch
 
+from fusedmoe.call import Call
 from fusedmoe.errors import DeviceError, DTypeError, GradientError, LayoutError, OptionError, ShapeError, explain
+from fusedmoe.expert_matrix import ExpertMatrix
 from fusedmoe.spec.activation import Activation
-from fusedmoe.spec.call import Call
+from fusedmoe.spec.format import ELEMENTS
 from fusedmoe.spec.layout import FP32_PRECISIONS, GATE_UP_LAYOUTS, WEIGHT_LAYOUTS, Matrix
 from fusedmoe.spec.problem import Problem
 
 MAX_TOP_K = 64
 MAX_EXPERTS = 4096
 
+Experts = torch.Tensor | ExpertMatrix
+
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _INTEGERS = (torch.int32, torch.int64)
+_CODES = (torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.int8)
 
 
 def _names(dtypes: tuple[torch.dtype, ...]) -> str:
@@ -49,7 +54,7 @@ def _tensor(
     if value.dtype not in dtypes:
         quantised = value.dtype in (torch.int8, torch.uint8) or "float8" in str(value.dtype)
         do = (
-            "Quantised experts need their scales: plain tensors are taken as unquantised."
+            f"Quantised experts need their scales: pass fusedmoe.ExpertMatrix(scheme, {name}, scale)."
             if quantised and name in ("w13", "w2")
             else f"Cast it, for example {name}.to(torch.{str(dtypes[0]).removeprefix('torch.')})."
         )
@@ -77,8 +82,10 @@ def _choice(name: str, got: object, allowed: tuple[str, ...]) -> None:
         )
 
 
-def _matrix(w: torch.Tensor) -> Matrix:
-    """Layout facts of a matrix seen as [E, N, K]."""
+def _matrix(w: Experts) -> Matrix:
+    """Layout facts of a matrix seen as [E, N, K]; of its codes when it is quantised."""
+    if isinstance(w, ExpertMatrix):
+        w = w.data
     n_experts, n, k = w.shape
     stride_e, stride_n, stride_k = w.stride()
     if stride_k == 1:
@@ -109,25 +116,49 @@ _STORED = {
 }
 
 
-def _check_matrices(
-    x: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, act: Activation, weight_layout: str
-) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """The expert matrices seen as [E, N, K], and I."""
-    w13_shape, w2_shape, other_layout = _STORED[weight_layout]
-    _tensor("w13", w13, w13_shape, 3, _FLOATS, x.device)
-    _tensor("w2", w2, w2_shape, 3, _FLOATS, x.device)
-    for name, w in (("w13", w13), ("w2", w2)):
-        if w.dtype != x.dtype:
-            raise DTypeError(
+def _check_matrix(name: str, w: Experts, x: torch.Tensor, dtype: torch.dtype, weight_layout: str, shape: str) -> None:
+    """Kind, type and device of the experts' matrices of one GEMM."""
+    if isinstance(w, ExpertMatrix):
+        if w.device != x.device:
+            raise DeviceError(
                 explain(
                     name,
-                    got=w.dtype,
-                    wanted=f"{x.dtype}, the type of hidden_states",
-                    do=f"Cast hidden_states (under autocast they may be float32): hidden_states.to({w.dtype}).",
+                    got=f"an expert matrix on {w.device}",
+                    wanted=f"{x.device}, where hidden_states lies",
+                    do=f"Move it: {name}.to('{x.device}').",
                 )
             )
+        if weight_layout != "NK":
+            raise OptionError(
+                explain(
+                    f"weight_layout of the quantised {name}",
+                    got=repr(weight_layout),
+                    wanted="'NK': an expert matrix is seen as [E, N, K] however it is stored",
+                    do="Build it from transposed views of data, scale and zero points.",
+                )
+            )
+        return
+    _tensor(name, w, shape, 3, _FLOATS, x.device)
+    if w.dtype != dtype:
+        raise DTypeError(
+            explain(
+                name,
+                got=w.dtype,
+                wanted=f"{dtype}, the type of hidden_states",
+                do=f"Cast hidden_states (under autocast they may be float32): hidden_states.to({w.dtype}).",
+            )
+        )
+
+
+def _check_matrices(
+    x: torch.Tensor, w13: Experts, w2: Experts, act: Activation, weight_layout: str, dtype: torch.dtype
+) -> tuple[Experts, Experts, int]:
+    """The expert matrices seen as [E, N, K], and I."""
+    w13_shape, w2_shape, other_layout = _STORED[weight_layout]
+    _check_matrix("w13", w13, x, dtype, weight_layout, w13_shape)
+    _check_matrix("w2", w2, x, dtype, weight_layout, w2_shape)
     stored = tuple(w2.shape)
-    if weight_layout == "KN":
+    if weight_layout == "KN" and isinstance(w13, torch.Tensor) and isinstance(w2, torch.Tensor):
         w13, w2 = w13.transpose(1, 2), w2.transpose(1, 2)
     n_experts, n_rows, n_inner = w13.shape
     n_hidden = x.shape[1]
@@ -158,7 +189,20 @@ def _check_matrices(
     return w13, w2, n_intermediate
 
 
-def _check_bias(name: str, bias: torch.Tensor | None, w: torch.Tensor, meaning: str) -> None:
+def _check_parts(name: str, w: Experts, *, two: bool) -> None:
+    """Blocks that start anew in the middle fit only a matrix of gate rows and then up rows."""
+    if isinstance(w, ExpertMatrix) and w.parts == 2 and w.format.block[0] != 1 and not two:
+        raise OptionError(
+            explain(
+                f"parts of {name}",
+                got="2: scales of blocks that start anew in the middle of the rows",
+                wanted="1, but for a gated w13 with concatenated gate and up rows",
+                do="Quantise it with parts=1.",
+            )
+        )
+
+
+def _check_bias(name: str, bias: torch.Tensor | None, w: Experts, meaning: str) -> None:
     if bias is not None:
         _tensor(name, bias, meaning, 2, _FLOATS, w.device)
         _size(name, tuple(bias.shape), tuple(w.shape[:2]), meaning, "Give one row of biases to each expert.")
@@ -179,7 +223,7 @@ def _check_routing(x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.
     _size("topk_weights", shape, (n_tokens, top_k), "the shape of topk_ids", "Pass both as the router returned them.")
 
 
-def _check_map(expert_map: torch.Tensor | None, global_num_experts: int | None, w13: torch.Tensor) -> None:
+def _check_map(expert_map: torch.Tensor | None, global_num_experts: int | None, w13: Experts) -> None:
     if expert_map is None:
         if global_num_experts is not None and global_num_experts != w13.shape[0]:
             raise OptionError(
@@ -205,11 +249,49 @@ def _check_map(expert_map: torch.Tensor | None, global_num_experts: int | None, 
         )
 
 
-def _check_out(out: torch.Tensor | None, x: torch.Tensor) -> None:
+def _check_codes(x: torch.Tensor, scale: object, w13: Experts, dtype: torch.dtype | None) -> torch.Tensor:
+    """Hidden states that are codes already: their scale [T or 1, groups], which the format of w13 must be made for."""
+    inputs = w13.format.inputs if isinstance(w13, ExpertMatrix) else None
+    if inputs is None:
+        raise OptionError(
+            explain(
+                "hidden_states_scale",
+                got=f"a scale, and {'weights that take rows as they are' if isinstance(w13, ExpertMatrix) else 'plain w13'}",
+                wanted="a w13 whose scheme quantises its rows",
+                do="Dequantise hidden_states, or leave hidden_states_scale out.",
+            )
+        )
+    _tensor("hidden_states", x, "[T, H]", 2, (getattr(torch, ELEMENTS[inputs.element].dtype),), None)
+    if dtype is not None and dtype not in _FLOATS:
+        raise DTypeError(explain("dtype", got=dtype, wanted=_names(_FLOATS), do="It is the type of the output."))
+    if not isinstance(scale, torch.Tensor) or scale.dim() not in (0, 1, 2):
+        got = tuple(scale.shape) if isinstance(scale, torch.Tensor) else type(scale).__name__
+        raise ShapeError(
+            explain("hidden_states_scale", got=got, wanted="a tensor of at most 2 dimensions", do="See fused_experts.")
+        )
+    if scale.dim() < 2:
+        scale = scale.reshape(-1, 1)
+    _tensor("hidden_states_scale", scale, "[T, groups]", 2, (torch.float32,), x.device)
+    n_tokens = x.shape[0]
+    n_groups = -(-x.shape[1] // inputs.group) if inputs.mode == "group" else 1
+    rows = (n_tokens,) if inputs.mode == "group" else (n_tokens, 1)
+    if scale.shape[0] not in rows or scale.shape[1] != n_groups:
+        raise ShapeError(
+            explain(
+                f"hidden_states_scale with inputs {inputs.mode!r}",
+                got=tuple(scale.shape),
+                wanted=" or ".join(str((r, n_groups)) for r in dict.fromkeys(rows)),
+                do="Quantise the hidden states as the scheme of w13 says.",
+            )
+        )
+    return scale
+
+
+def _check_out(out: torch.Tensor | None, x: torch.Tensor, dtype: torch.dtype) -> None:
     if out is None:
         return
     do = "Allocate torch.empty_like(hidden_states)."
-    _tensor("out", out, "[T, H]", 2, (x.dtype,), x.device)
+    _tensor("out", out, "[T, H]", 2, (dtype,), x.device)
     _size("out", tuple(out.shape), tuple(x.shape), "the shape of hidden_states", do)
     overlaps_itself = 0 in out.stride() and out.numel() > 1
     if x.numel() and (overlaps_itself or out.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()):
@@ -217,11 +299,11 @@ def _check_out(out: torch.Tensor | None, x: torch.Tensor) -> None:
         raise LayoutError(explain("out", got=got, wanted="memory of its own", do=do))
 
 
-def _check_no_gradient(**tensors: torch.Tensor | None) -> None:
+def _check_no_gradient(**tensors: Experts | None) -> None:
     if not torch.is_grad_enabled():
         return
     for name, tensor in tensors.items():
-        if tensor is not None and tensor.requires_grad:
+        if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
             raise GradientError(
                 explain(
                     f"{name} requires grad",
@@ -234,11 +316,14 @@ def _check_no_gradient(**tensors: torch.Tensor | None) -> None:
 
 def check(
     hidden_states: torch.Tensor,
-    w13: torch.Tensor,
-    w2: torch.Tensor,
+    w13: Experts,
+    w2: Experts,
     topk_weights: torch.Tensor,
     topk_ids: torch.Tensor,
     *,
+    hidden_states_scale: torch.Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    emulate: bool = False,
     activation: str | Activation = "silu",
     gate_up_layout: str = "concatenated",
     weight_layout: str = "NK",
@@ -256,13 +341,32 @@ def check(
     _choice("gate_up_layout", gate_up_layout, GATE_UP_LAYOUTS)
     _choice("weight_layout", weight_layout, WEIGHT_LAYOUTS)
     _choice("fp32_precision", fp32_precision, FP32_PRECISIONS)
-    _tensor("hidden_states", hidden_states, "[T, H]", 2, _FLOATS, None)
-    w13, w2, n_intermediate = _check_matrices(hidden_states, w13, w2, act, weight_layout)
+    codes_dtype = None
+    if hidden_states_scale is None:
+        _tensor("hidden_states", hidden_states, "[T, H]", 2, _FLOATS, None)
+        if dtype is not None and dtype != hidden_states.dtype:
+            raise OptionError(
+                explain(
+                    "dtype",
+                    got=dtype,
+                    wanted=f"{hidden_states.dtype}, the type of hidden_states",
+                    do="Leave it out: it is for hidden states that are codes, which come with hidden_states_scale.",
+                )
+            )
+        dtype = hidden_states.dtype
+    else:
+        _tensor("hidden_states", hidden_states, "[T, H]", 2, (*_CODES, *_FLOATS), None)
+        hidden_states_scale = _check_codes(hidden_states, hidden_states_scale, w13, dtype)
+        dtype = dtype or torch.bfloat16
+        codes_dtype = str(hidden_states.dtype).removeprefix("torch.")
+    w13, w2, n_intermediate = _check_matrices(hidden_states, w13, w2, act, weight_layout, dtype)
+    _check_parts("w13", w13, two=act.gated and gate_up_layout == "concatenated")
+    _check_parts("w2", w2, two=False)
     _check_bias("w13_bias", w13_bias, w13, "[E, rows of w13]")
     _check_bias("w2_bias", w2_bias, w2, "[E, H]")
     _check_routing(hidden_states, topk_weights, topk_ids)
     _check_map(expert_map, global_num_experts, w13)
-    _check_out(out, hidden_states)
+    _check_out(out, hidden_states, dtype)
     _check_no_gradient(
         hidden_states=hidden_states, w13=w13, w2=w2, topk_weights=topk_weights, w13_bias=w13_bias, w2_bias=w2_bias
     )
@@ -272,8 +376,12 @@ def check(
         experts=w13.shape[0],
         hidden=hidden_states.shape[1],
         intermediate=n_intermediate,
-        dtype=str(hidden_states.dtype).removeprefix("torch."),
+        dtype=str(dtype).removeprefix("torch."),
         activation=act,
+        w13_format=w13.format if isinstance(w13, ExpertMatrix) else None,
+        w2_format=w2.format if isinstance(w2, ExpertMatrix) else None,
+        inputs_dtype=codes_dtype,
+        emulate=bool(emulate),
         gate_up="interleaved" if gate_up_layout == "interleaved" else "concatenated",
         w13=_matrix(w13),
         w2=_matrix(w2),
@@ -283,4 +391,17 @@ def check(
         expert_map=expert_map is not None,
         fp32_precision="tf32" if fp32_precision == "tf32" else "ieee",
     )
-    return Call(problem, hidden_states, w13, w2, topk_weights, topk_ids, w13_bias, w2_bias, expert_map, out, workspace)
+    return Call(
+        problem,
+        hidden_states,
+        w13,
+        w2,
+        topk_weights,
+        topk_ids,
+        w13_bias,
+        w2_bias,
+        expert_map,
+        hidden_states_scale,
+        out,
+        workspace,
+    )

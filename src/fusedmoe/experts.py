@@ -7,16 +7,15 @@ import torch
 from fusedmoe import backends
 from fusedmoe.backends.workspace import Workspace
 from fusedmoe.plan.config import Plan
-from fusedmoe.spec.call import Call
+from fusedmoe.call import Call
 
 
 def run(call: Call, plan: Plan) -> torch.Tensor:
     """Run a checked call the way ``plan`` says; returns ``call.out``, or a new tensor [T, H]."""
-    out = (
-        call.out
-        if call.out is not None
-        else torch.empty_like(call.hidden_states, memory_format=torch.contiguous_format)
-    )
+    out = call.out
+    if out is None:
+        x = call.hidden_states
+        out = torch.empty(x.shape, dtype=getattr(torch, call.problem.dtype), device=x.device)
     if call.problem.tokens == 0 or out.device.type == "meta":
         return out  # nothing to compute, or shapes alone are wanted
     backend = backends.load(plan.backend)

@@ -4,26 +4,27 @@ from __future__ import annotations
 
 import torch
 
-from fusedmoe import (
-    backends,
-    experts,
-    torch_ops as _torch_ops,  # noqa: F401  registers torch.ops.fusedmoe
-)
+from fusedmoe import backends, experts
 from fusedmoe.backends.workspace import layout_bytes
 from fusedmoe.checks import check
+from fusedmoe.expert_matrix import ExpertMatrix
 from fusedmoe.plan.planner import choose
 from fusedmoe.spec.activation import Activation
 from fusedmoe.spec.layout import Fp32Precision, GateUpLayout, WeightLayout
 from fusedmoe.target import target_of
+from fusedmoe.torch_ops import flatten
 
 
 def fused_experts(
     hidden_states: torch.Tensor,
-    w13: torch.Tensor,
-    w2: torch.Tensor,
+    w13: torch.Tensor | ExpertMatrix,
+    w2: torch.Tensor | ExpertMatrix,
     topk_weights: torch.Tensor,
     topk_ids: torch.Tensor,
     *,
+    hidden_states_scale: torch.Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    emulate: bool = False,
     activation: str | Activation = "silu",
     gate_up_layout: GateUpLayout = "concatenated",
     weight_layout: WeightLayout = "NK",
@@ -45,17 +46,25 @@ def fused_experts(
 
     or, with ``apply_router_weight_on_input``,
     ``sum_j w2[e] @ f(w[t, j] * (w13[e] @ x[t]) + w13_bias[e]) + w2_bias[e]``.
-    Products accumulate in float32; bias, activation and router weight are applied in float32; the
-    intermediate and each slot's row are rounded once to the type of ``hidden_states``, their sum once more.
+    Products accumulate in float32 (int8 codes in int32); scales, bias, activation and router weight are applied in
+    float32; the intermediate and each slot's row are rounded once to the type of the layer, their sum once more.
+
+    Where the scheme of an :class:`ExpertMatrix` quantises the rows that it multiplies, x[t] stands for
+    codes * scale of x[t], and f(...) likewise; :mod:`fusedmoe.numerics` has the definition.
 
     Args:
-        hidden_states: [T, H] float32, float16 or bfloat16; any strides.
-        w13: [E, 2I, H], or [E, I, H] when the activation is not gated; type of hidden_states; any strides,
-            used where it lies, never copied.
-        w2: [E, H, I], likewise.
+        hidden_states: [T, H] float32, float16 or bfloat16, which is the type of the layer; or, with
+            hidden_states_scale, codes of the type that the scheme of w13 makes; any strides.
+        w13: [E, 2I, H], or [E, I, H] when the activation is not gated; a tensor of the type of hidden_states, or an
+            ExpertMatrix; any strides, used where it lies, never copied.
+        w2: [E, H, I], likewise. One of the two may be quantised and the other not.
         topk_weights: [T, top_k] float32, float16 or bfloat16.
         topk_ids: [T, top_k] int32 or int64. An id outside [0, E) (outside the map, or mapped outside [0, E)) is an
             absent expert: it adds nothing and reads nothing. An expert chosen twice by a token counts twice.
+        hidden_states_scale: float32 scales of hidden_states that are codes: [T] or [T, 1], a single one, or
+            [T, ceil(H / group)], as the scheme of w13 has them.
+        dtype: type of the layer when hidden_states are codes: float32, float16 or bfloat16 (None).
+        emulate: multiply codes in a wider type even where the device has theirs; the same up to rounding.
         activation: a name or an :class:`Activation`; see there for the equations.
         gate_up_layout: rows of w13 (and w13_bias): "concatenated" (gate rows, then up rows) or "interleaved".
         weight_layout: "NK" as above, or "KN": w13 [E, H, 2I] and w2 [E, I, H] (Transformers' is_transposed).
@@ -71,7 +80,7 @@ def fused_experts(
             layer is one operator, which allocates its own; a workspace is not used there.
 
     Returns:
-        [T, H] in the type of hidden_states.
+        [T, H] in the type of the layer.
 
     Raises:
         ShapeError, DTypeError, DeviceError, LayoutError, OptionError, WorkspaceError: an argument does not fit.
@@ -88,14 +97,17 @@ def fused_experts(
     if torch.compiler.is_compiling():
         result: torch.Tensor = torch.ops.fusedmoe.fused_experts(
             hidden_states,
-            w13,
-            w2,
+            *flatten(w13),
+            *flatten(w2),
             topk_weights,
             topk_ids,
             w13_bias,
             w2_bias,
             expert_map,
             global_num_experts,
+            hidden_states_scale,
+            dtype,
+            emulate,
             act.name,
             act.alpha,
             act.beta,
@@ -114,6 +126,9 @@ def fused_experts(
         w2,
         topk_weights,
         topk_ids,
+        hidden_states_scale=hidden_states_scale,
+        dtype=dtype,
+        emulate=emulate,
         activation=act,
         gate_up_layout=gate_up_layout,
         weight_layout=weight_layout,
@@ -131,8 +146,8 @@ def fused_experts(
 
 def workspace_bytes(
     hidden_states: torch.Tensor,
-    w13: torch.Tensor,
-    w2: torch.Tensor,
+    w13: torch.Tensor | ExpertMatrix,
+    w2: torch.Tensor | ExpertMatrix,
     topk_weights: torch.Tensor,
     topk_ids: torch.Tensor,
     *,

@@ -2,71 +2,124 @@
 
 ``Library.define`` costs a few microseconds a call, ``torch.library.custom_op`` tens; outside of compilation
 neither is in the way, because :func:`fusedmoe.fused_experts` then calls the layer directly.
+
+An operator takes tensors and plain values only, so an expert matrix travels as its tensors, with its format as text.
 """
 
 from __future__ import annotations
 
+from dataclasses import astuple
+
 import torch
+from torch import Tensor
 
 from fusedmoe import experts
 from fusedmoe.checks import check
+from fusedmoe.expert_matrix import ExpertMatrix
 from fusedmoe.plan.planner import choose
 from fusedmoe.spec.activation import Activation
+from fusedmoe.spec.format import Format, Inputs
 from fusedmoe.target import target_of
 
+_MATRIX = (
+    "Tensor {0}, Tensor? {0}_scale, Tensor? {0}_zero, Tensor? {0}_tensor_scale, Tensor? {0}_input_scale, "
+    "str[] {0}_format, int {0}_parts, "
+)
 _LIBRARY = torch.library.Library("fusedmoe", "DEF")
 _LIBRARY.define(
-    "fused_experts(Tensor hidden_states, Tensor w13, Tensor w2, Tensor topk_weights, Tensor topk_ids, "
-    "Tensor? w13_bias, Tensor? w2_bias, Tensor? expert_map, int? global_num_experts, "
+    "fused_experts(Tensor hidden_states, " + _MATRIX.format("w13") + _MATRIX.format("w2") + "Tensor topk_weights, "
+    "Tensor topk_ids, Tensor? w13_bias, Tensor? w2_bias, Tensor? expert_map, int? global_num_experts, "
+    "Tensor? hidden_states_scale, ScalarType? dtype, bool emulate, "
     "str activation, float? alpha, float? beta, float? limit, float? linear_beta, "
     "str gate_up_layout, str weight_layout, bool apply_router_weight_on_input, "
     "str fp32_precision, str? backend) -> Tensor",
     tags=(torch.Tag.needs_fixed_stride_order,),
 )
 
+_Flat = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, list[str], int]
 
-def _fused_experts(
-    hidden_states: torch.Tensor,
-    w13: torch.Tensor,
-    w2: torch.Tensor,
-    topk_weights: torch.Tensor,
-    topk_ids: torch.Tensor,
-    w13_bias: torch.Tensor | None,
-    w2_bias: torch.Tensor | None,
-    expert_map: torch.Tensor | None,
-    global_num_experts: int | None,
-    activation: str,
-    alpha: float | None,
-    beta: float | None,
-    limit: float | None,
-    linear_beta: float | None,
-    gate_up_layout: str,
-    weight_layout: str,
-    apply_router_weight_on_input: bool,
-    fp32_precision: str,
-    backend: str | None,
-) -> torch.Tensor:
+
+def flatten(w: Tensor | ExpertMatrix) -> _Flat:
+    """An expert matrix as the operator takes it."""
+    if isinstance(w, Tensor):
+        return w, None, None, None, None, [], 1
+    return w.data, w.scale, w.zero, w.tensor_scale, w.input_scale, format_to_words(w.format), w.parts
+
+
+def format_to_words(form: Format) -> list[str]:
+    """A format as a list of words; the inverse of :func:`format_of_words`."""
+    inputs = ("", "", 0) if form.inputs is None else astuple(form.inputs)
+    return [
+        *map(str, (form.scheme, form.element, *form.block, form.scale, int(form.zero), int(form.tensor_scale), *inputs))
+    ]
+
+
+def format_of_words(words: list[str]) -> Format:
+    """The format that :func:`format_to_words` wrote."""
+    scheme, element, block_n, block_k, scale, zero, tensor_scale, code, mode, group = words
+    inputs = Inputs(element=code, mode=mode, group=int(group)) if mode else None  # type: ignore[arg-type]
+    return Format(
+        scheme=scheme,
+        element=element,
+        block=(int(block_n), int(block_k)),
+        scale=scale,
+        zero=zero == "1",
+        tensor_scale=tensor_scale == "1",
+        inputs=inputs,
+    )
+
+
+def _matrix(
+    data: Tensor,
+    scale: Tensor | None,
+    zero: Tensor | None,
+    tensor_scale: Tensor | None,
+    input_scale: Tensor | None,
+    words: list[str],
+    parts: int,
+) -> Tensor | ExpertMatrix:
+    if scale is None:
+        return data
+    form = format_of_words(words)
+    return ExpertMatrix(
+        form, data, scale, zero=zero, tensor_scale=tensor_scale, input_scale=input_scale, parts=parts
+    )
+
+
+def _fused_experts(hidden_states: Tensor, *arguments: object) -> Tensor:
+    w13, w2 = _matrix(*arguments[:7]), _matrix(*arguments[7:14])  # type: ignore[arg-type]
+    (
+        topk_weights, topk_ids, w13_bias, w2_bias, expert_map, global_num_experts, hidden_states_scale, dtype, emulate,
+        activation, alpha, beta, limit, linear_beta,
+        gate_up_layout, weight_layout, apply_router_weight_on_input, fp32_precision, backend,
+    ) = arguments[14:]  # fmt: skip
     call = check(
         hidden_states,
         w13,
         w2,
-        topk_weights,
-        topk_ids,
-        activation=Activation(activation, alpha=alpha, beta=beta, limit=limit, linear_beta=linear_beta),
-        gate_up_layout=gate_up_layout,
-        weight_layout=weight_layout,
-        w13_bias=w13_bias,
-        w2_bias=w2_bias,
-        apply_router_weight_on_input=apply_router_weight_on_input,
-        expert_map=expert_map,
-        global_num_experts=global_num_experts,
-        fp32_precision=fp32_precision,
+        topk_weights,  # type: ignore[arg-type]
+        topk_ids,  # type: ignore[arg-type]
+        hidden_states_scale=hidden_states_scale,  # type: ignore[arg-type]
+        dtype=dtype,  # type: ignore[arg-type]
+        emulate=emulate,  # type: ignore[arg-type]
+        activation=Activation(activation, alpha=alpha, beta=beta, limit=limit, linear_beta=linear_beta),  # type: ignore[arg-type]
+        gate_up_layout=gate_up_layout,  # type: ignore[arg-type]
+        weight_layout=weight_layout,  # type: ignore[arg-type]
+        w13_bias=w13_bias,  # type: ignore[arg-type]
+        w2_bias=w2_bias,  # type: ignore[arg-type]
+        apply_router_weight_on_input=apply_router_weight_on_input,  # type: ignore[arg-type]
+        expert_map=expert_map,  # type: ignore[arg-type]
+        global_num_experts=global_num_experts,  # type: ignore[arg-type]
+        fp32_precision=fp32_precision,  # type: ignore[arg-type]
     )
-    return experts.run(call, choose(call.problem, target_of(hidden_states.device), backend))
+    return experts.run(call, choose(call.problem, target_of(hidden_states.device), backend))  # type: ignore[arg-type]
 
 
-def _fake(hidden_states: torch.Tensor, *_: object) -> torch.Tensor:
-    return torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
+def _fake(hidden_states: Tensor, *arguments: object) -> Tensor:
+    dtype = hidden_states.dtype
+    if arguments[20] is not None:  # the scale of hidden states that are codes
+        dtype = arguments[21] or torch.bfloat16  # type: ignore[assignment]
+    return torch.empty(hidden_states.shape, dtype=dtype, device=hidden_states.device)
 
 
 _LIBRARY.impl("fused_experts", _fused_experts, "CompositeExplicitAutograd")

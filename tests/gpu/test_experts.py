@@ -9,7 +9,7 @@ import torch
 
 import fusedmoe
 from fusedmoe import reference
-from fusedmoe.schemes.dense import TOLERANCE
+from fusedmoe.testing.verify import TOLERANCE
 from fusedmoe.testing.cases import OPTIONS, Case, pairwise, run_poisoned
 from fusedmoe.testing.verify import relative_error
 

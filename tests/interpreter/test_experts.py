@@ -11,7 +11,7 @@ from fusedmoe import experts, reference
 from fusedmoe.checks import check
 from fusedmoe.plan.config import KernelConfig, Plan
 from fusedmoe.plan.planner import choose
-from fusedmoe.schemes.dense import TOLERANCE
+from fusedmoe.testing.verify import TOLERANCE
 from fusedmoe.settings import settings
 from fusedmoe.spec.activation import Activation
 from fusedmoe.target import target_of

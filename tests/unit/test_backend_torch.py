@@ -15,7 +15,7 @@ from fusedmoe.backends.workspace import Workspace
 from fusedmoe.errors import UnsupportedError
 from fusedmoe.plan.config import Plan
 from fusedmoe.spec.activation import Activation
-from fusedmoe.spec.call import Call
+from fusedmoe.call import Call
 from fusedmoe.spec.problem import Problem
 
 PLAN = Plan(backend="torch")

@@ -11,7 +11,7 @@ import torch
 
 from fusedmoe.backends.workspace import Workspace
 from fusedmoe.plan.config import Plan
-from fusedmoe.spec.call import Call
+from fusedmoe.call import Call
 from fusedmoe.spec.problem import Problem
 
 

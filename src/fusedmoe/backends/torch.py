@@ -6,6 +6,10 @@ captured in a CUDA graph; it is the default where there is no GPU, and elsewhere
 Rounding: products accumulate in float32 and are stored in the dtype of the layer; bias, router weight and
 activation are float32, the activated rows are stored in the dtype of the layer; the sum over the slots of a token
 is float32 and rounded once. A row depends on its own token alone, so a NaN stays where it is.
+
+A quantised matrix is dequantised one expert at a time: to the dtype of the layer where it meets rows as they are. Where
+rows are quantised too, codes times scales of both are multiplied in float32, which rounds no more than a product of
+the codes that is scaled afterwards would; activated rows are then quantised before they are rounded to anything.
 """
 
 from __future__ import annotations
@@ -19,10 +23,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from fusedmoe.backends.workspace import Layout, Workspace
+from fusedmoe.call import Call
 from fusedmoe.errors import UnsupportedError, explain
+from fusedmoe.expert_matrix import ExpertMatrix
+from fusedmoe.numerics import input_scale, quantise_inputs, spread_input_scale
 from fusedmoe.plan.config import Plan
 from fusedmoe.reference.activations import activate
-from fusedmoe.spec.call import Call
+from fusedmoe.spec.layout import Fp32Precision
 from fusedmoe.spec.problem import Problem
 
 #: Elements of a float32 temporary. Fits the cache of a core, and bounds the memory needed beside the rows.
@@ -78,15 +85,14 @@ def route(call: Call, plan: Plan, work: Workspace) -> _Schedule:
 
 
 def gate_up(call: Call, plan: Plan, schedule: _Schedule, work: Workspace) -> Tensor:
-    """Activated rows [R, I]."""
-    problem, x = call.problem, call.hidden_states
+    """Activated rows [R, I]; float32 where they are about to be quantised."""
+    problem, x = call.problem, _inputs(call, schedule)
     x = x.expand(schedule.slot.numel(), -1) if problem.tokens == 1 else x[schedule.slot // problem.top_k]
     products = _multiply(x, call.w13, schedule, problem)
-    hidden = products.new_empty(products.shape[0], problem.intermediate)
     wide = _wide(products.dtype)
-    n_rows = max(1, PIECE // problem.w13_rows)
-    for start in range(0, products.shape[0], n_rows):
-        piece = slice(start, start + n_rows)
+    dtype = wide if _quantises_rows(call.w2) else getattr(torch, problem.dtype)
+    hidden = products.new_empty(products.shape[0], problem.intermediate, dtype=dtype)
+    for piece in _pieces(products.shape[0], problem.w13_rows):
         h = products[piece].to(wide)
         if problem.weight_on_input:
             h = h * call.topk_weights.reshape(-1, 1)[schedule.slot[piece]].to(wide)
@@ -98,7 +104,8 @@ def gate_up(call: Call, plan: Plan, schedule: _Schedule, work: Workspace) -> Ten
 
 def down(call: Call, plan: Plan, schedule: _Schedule, hidden: Tensor, work: Workspace) -> Tensor:
     """Products [R, H]. Bias and router weight wait for :func:`combine`, which has the rows in cache."""
-    return _multiply(hidden, call.w2, schedule, call.problem)
+    rows = _multiply(_dequantised(hidden, call.w2), call.w2, schedule, call.problem)
+    return rows.to(getattr(torch, call.problem.dtype))
 
 
 def combine(call: Call, plan: Plan, schedule: _Schedule, rows: Tensor, work: Workspace, out: Tensor) -> None:
@@ -109,10 +116,8 @@ def combine(call: Call, plan: Plan, schedule: _Schedule, rows: Tensor, work: Wor
         return
     wide = _wide(rows.dtype)
     weights = None if problem.weight_on_input else call.topk_weights.to(wide).reshape(-1, 1)
-    n_tokens = max(1, PIECE // (problem.top_k * problem.hidden))
-    for start in range(0, problem.tokens, n_tokens):
-        end = min(start + n_tokens, problem.tokens)
-        slots = slice(start * problem.top_k, end * problem.top_k)
+    for tokens in _pieces(problem.tokens, problem.top_k * problem.hidden):
+        slots = slice(tokens.start * problem.top_k, tokens.stop * problem.top_k)
         row = schedule.row[slots]
         y = rows.index_select(0, row).to(wide)
         if call.w2_bias is not None:
@@ -121,10 +126,11 @@ def combine(call: Call, plan: Plan, schedule: _Schedule, rows: Tensor, work: Wor
             y = y * weights[slots]
         if schedule.absent is not None:
             y = y.masked_fill(schedule.absent[slots], 0.0)
-        total = y.new_zeros(end - start, problem.hidden)
-        for y_j in y.view(end - start, problem.top_k, problem.hidden).unbind(1):
+        y = y.view(-1, problem.top_k, problem.hidden)
+        total = torch.zeros_like(y[:, 0])
+        for y_j in y.unbind(1):
             total += y_j  # torch.sum adds in an order of its own
-        out[start:end] = total
+        out[tokens] = total
 
 
 def _local_experts(call: Call) -> Tensor:
@@ -140,33 +146,73 @@ def _within(ids: Tensor, count: int) -> Tensor:
     return ids.clamp(-1, count).remainder(count + 1)
 
 
-def _multiply(x: Tensor, w: Tensor, schedule: _Schedule, problem: Problem) -> Tensor:
-    """``x[r] @ w[expert[r]].T`` [R, N].
+def _pieces(n_rows: int, width: int) -> Iterator[slice]:
+    """Runs of rows of ``width`` that together are about PIECE elements."""
+    step = max(1, PIECE // width)
+    for start in range(0, n_rows, step):
+        yield slice(start, min(start + step, n_rows))
 
-    In the dtype of the layer. Measured on a CPU with AMX and AVX512-FP16, 1 to 512 rows: conversion to float32
-    first took 0.8 to 6.6 times as long in bfloat16 and 1.1 to 2.4 times in float16. Written in place (``out=``), which
-    autocast leaves alone as it does the kernels of other backends.
+
+def _quantises_rows(w: Tensor | ExpertMatrix) -> bool:
+    return isinstance(w, ExpertMatrix) and w.format.inputs is not None
+
+
+def _inputs(call: Call, schedule: _Schedule) -> Tensor:
+    """Rows [T, H] as w13 meets them."""
+    problem, x = call.problem, call.hidden_states
+    if call.hidden_states_scale is not None:
+        assert problem.w13_format is not None and problem.w13_format.inputs is not None, "checked with the codes"
+        scale = spread_input_scale(call.hidden_states_scale, problem.w13_format.inputs, problem.hidden)
+        return x.to(torch.float32) * scale
+    if not _quantises_rows(call.w13):
+        return x
+    live = torch.zeros(problem.tokens, dtype=torch.bool, device=x.device)
+    live[schedule.slot // problem.top_k] = True
+    return _dequantised(x, call.w13, live)
+
+
+def _dequantised(x: Tensor, w: Tensor | ExpertMatrix, live: Tensor | None = None) -> Tensor:
+    """Rows [R, K] as ``w`` meets them: as they are, or codes times scales in float32 at least."""
+    if not isinstance(w, ExpertMatrix) or w.format.inputs is None:
+        return x
+    inputs, static = w.format.inputs, w.input_scale
+    if inputs.mode == "tensor":
+        static = input_scale(x, inputs, live)
+    out = torch.empty_like(x, dtype=_wide(x.dtype), memory_format=torch.contiguous_format)
+    for piece in _pieces(*x.shape):
+        codes, scale = quantise_inputs(x[piece], inputs, static)
+        out[piece] = codes * spread_input_scale(scale, inputs, x.shape[1])
+    return out
+
+
+def _multiply(x: Tensor, w: Tensor | ExpertMatrix, schedule: _Schedule, problem: Problem) -> Tensor:
+    """``x[r] @ w[expert[r]].T`` [R, N], in the dtype of x.
+
+    Measured on a CPU with AMX and AVX512-FP16, 1 to 512 rows: conversion to float32 first took 0.8 to 6.6 times as long
+    in bfloat16 and 1.1 to 2.4 times in float16. Written in place (``out=``), which autocast leaves alone as it does the
+    kernels of other backends.
     """
     out = x.new_empty(x.shape[0], w.shape[1])
     # split_with_sizes and one transpose for all: what the loop does per expert is a good part of a decode step.
     x_rows, out_rows = x.split_with_sizes(schedule.counts), out.split_with_sizes(schedule.counts)
-    w = w.transpose(1, 2)
-    with _float32_products(problem, x.device):
+    if isinstance(w, Tensor):
+        w = w.transpose(1, 2)
+    # tf32 would round what scales have multiplied; codes alone it would hold exactly.
+    precision = "ieee" if _quantises_rows(w) else problem.fp32_precision
+    with _float32_products(precision, x) if x.dtype == torch.float32 else contextlib.nullcontext():
         for expert, x_e, out_e in zip(schedule.experts, x_rows, out_rows, strict=True):
-            torch.mm(x_e, w[expert], out=out_e)
+            w_e = w[expert] if isinstance(w, Tensor) else w.dequantize_expert(expert, x.dtype).T
+            torch.mm(x_e, w_e, out=out_e)
     return out
 
 
 @contextlib.contextmanager
-def _float32_products(problem: Problem, device: torch.device) -> Iterator[None]:
+def _float32_products(precision: Fp32Precision, x: Tensor) -> Iterator[None]:
     """Multiply float32 as the problem says, whatever ``torch.set_float32_matmul_precision`` says."""
-    if problem.dtype != "float32":
-        yield
-        return
     backends = torch.backends
-    library = backends.cuda.matmul if device.type == "cuda" else backends.mkldnn.matmul  # type: ignore[attr-defined]
+    library = backends.cuda.matmul if x.is_cuda else backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = library.fp32_precision
-    library.fp32_precision = problem.fp32_precision
+    library.fp32_precision = precision
     try:
         yield
     finally:

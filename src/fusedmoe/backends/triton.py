@@ -8,7 +8,6 @@ with other ids.
 from __future__ import annotations
 
 import math
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -16,22 +15,34 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fusedmoe._compat import device_guard, teach_interpreter_bfloat16
+from fusedmoe._compat import device_guard, teach_interpreter
 from fusedmoe.backends.workspace import Layout, Workspace
-from fusedmoe.kernels import activations, epilogue, load, overlap, routing, tiles
+from fusedmoe.call import Call
+from fusedmoe.expert_matrix import ExpertMatrix
+from fusedmoe.kernels import activations, decode, encode, epilogue, load, overlap, quantise, routing, step, store, tiles
 from fusedmoe.kernels.combine import combine as combine_kernel
 from fusedmoe.kernels.gather import gather as gather_kernel
 from fusedmoe.kernels.grouped_gemm import grouped_gemm
-from fusedmoe.kernels.operands import Epilogue, Ids, Output, Parameters, Rows, Schedule, Weight
+from fusedmoe.kernels.operands import (
+    BlockScale,
+    Epilogue,
+    Ids,
+    Output,
+    Parameters,
+    Rows,
+    RowScale,
+    Schedule,
+    Weight,
+    Zeros,
+)
 from fusedmoe.plan.config import FEW, KernelConfig, Plan, TritonPlan
-from fusedmoe.schemes import load as load_scheme
 from fusedmoe.settings import settings
-from fusedmoe.spec.call import Call
-from fusedmoe.spec.problem import Problem
+from fusedmoe.spec.format import ELEMENTS, Inputs
+from fusedmoe.spec.problem import Gemm, Problem
 from fusedmoe.target import target_of
 
 if settings().interpret:
-    teach_interpreter_bfloat16()
+    teach_interpreter()
 
 #: Most slots that one launch of one program routes.
 ONE_CHUNK = 1024
@@ -83,13 +94,19 @@ def workspace_layout(problem: Problem, plan: Plan) -> Layout:
     """Named scratch tensors; see :class:`fusedmoe.backends.base.Backend`."""
     dtype = getattr(torch, problem.dtype)
     slots = problem.slots
-    layout: Layout = {
-        "hidden": ((slots, _row_stride(problem.intermediate, dtype)), dtype),
-        "rows": ((slots, _row_stride(problem.hidden, dtype)), dtype),
-    }
     how = _plan(plan)
+    layout: Layout = {"rows": ((slots, _row_stride(problem.hidden, dtype)), dtype)}
+    if how.requantise != "epilogue":
+        layout["hidden"] = ((slots, _row_stride(problem.intermediate, dtype)), dtype)
+    tokens_type = dtype
+    if (inputs := _inputs(problem.gate_up_gemm)) is not None:
+        tokens_type = _torch_type(how.multiply[0])
+        if problem.inputs_dtype != str(tokens_type).removeprefix("torch."):
+            layout |= _codes_layout("x", problem.tokens, problem.hidden, inputs, tokens_type)
+    if (inputs := _inputs(problem.down_gemm)) is not None:
+        layout |= _codes_layout("hidden", slots, problem.intermediate, inputs, _torch_type(how.multiply[1]))
     if how.gather:
-        layout["tokens"] = ((slots, _row_stride(problem.hidden, dtype)), dtype)
+        layout["tokens"] = ((slots, _row_stride(problem.hidden, tokens_type)), tokens_type)
     if not how.few:
         # Sized for the lowest tile and the smallest chunk, so that a workspace for more tokens serves fewer.
         max_tiles = _max_tiles(problem, 16)
@@ -101,6 +118,39 @@ def workspace_layout(problem: Problem, plan: Plan) -> Layout:
         if slots > ONE_CHUNK:
             layout["base"] = ((math.ceil(slots / min(CHUNKS)), problem.experts), torch.int32)
     return layout
+
+
+def _inputs(gemm: Gemm) -> Inputs | None:
+    return None if gemm.format is None else gemm.format.inputs
+
+
+def _torch_type(multiply: str) -> torch.dtype:
+    name = ELEMENTS[multiply].dtype if multiply in ELEMENTS else multiply
+    return getattr(torch, name)  # type: ignore[no-any-return]
+
+
+#: Types of a kernel's operands by the name that the plan has for them.
+_TRITON_TYPES = {
+    "e4m3": tl.float8e4nv,
+    "e4m3fnuz": tl.float8e4b8,
+    "int8": tl.int8,
+    "float16": tl.float16,
+    "bfloat16": tl.bfloat16,
+    "float32": tl.float32,
+}
+
+
+def _groups(columns: int, inputs: Inputs) -> int:
+    return math.ceil(columns / inputs.group) if inputs.mode == "group" else 1
+
+
+def _codes_layout(name: str, rows: int, columns: int, inputs: Inputs, dtype: torch.dtype) -> Layout:
+    """Codes of rows, their scales, and one maximum over all rows."""
+    return {
+        f"{name}_codes": ((rows, _row_stride(columns, dtype)), dtype),
+        f"{name}_scale": ((rows, _groups(columns, inputs)), torch.float32),
+        f"{name}_amax": ((1,), torch.float32),
+    }
 
 
 def route(call: Call, plan: Plan, work: Workspace) -> _Schedule:
@@ -172,40 +222,177 @@ def route(call: Call, plan: Plan, work: Workspace) -> _Schedule:
     return _Schedule(ids, schedule, max_tiles)
 
 
-def gate_up(call: Call, plan: Plan, schedule: _Schedule, work: Workspace) -> torch.Tensor:
+def gate_up(call: Call, plan: Plan, schedule: _Schedule, work: Workspace) -> Rows:
     """Rows of the intermediate [S, I], activated; a row of an absent slot is never written."""
-    problem = call.problem
-    hidden = work["hidden"]
-    tokens = call.hidden_states
-    x = Rows(tokens, tokens.stride(0), tokens.stride(1), tl.constexpr(problem.top_k))
-    if _plan(plan).gather:
-        x = _gather(plan, schedule, tokens, work["tokens"])
+    problem, how = call.problem, _plan(plan)
+    first, after = _overlap(plan)
+    options = {"WAIT": overlap.nothing, **first} if how.few else after
+    x = Rows(call.hidden_states, *call.hidden_states.stride(), tl.constexpr(problem.top_k))
+    if (inputs := _inputs(problem.gate_up_gemm)) is not None:
+        x = _tokens_as_codes(call, plan, schedule, x, inputs, work, options)
+        options = after
+    if how.gather:
+        x = _gather(plan, schedule, x, work["tokens"])
     e = _ABSENT
     if call.w13_bias is not None:
         e = e._replace(bias=call.w13_bias, bias_stride_e=call.w13_bias.stride(0), bias_stride_n=call.w13_bias.stride(1))
     if problem.weight_on_input:
         e = _with_router_weight(e, call)
     p = problem.activation
-    first, after = _overlap(plan)
+    requantised = _inputs(problem.down_gemm)
+    out, stored = _hidden(how, requantised, call, work)
+    if requantised is not None and requantised.mode == "tensor":
+        with device_guard(call.hidden_states.device):
+            quantise.zero[(1,)](work["hidden_amax"], **after, N=1)
     _launch(
         call,
-        _plan(plan).gate_up,
-        {"WAIT": overlap.nothing, **first} if _plan(plan).few else after,
+        how.gate_up,
+        after if requantised is not None and requantised.mode == "tensor" else options,
         schedule,
         x,
         call.w13,
-        problem.intermediate if problem.gate_up == "concatenated" else 0,
-        Output(hidden, hidden.stride(0), tl.constexpr(False)),
+        how.multiply[0],
+        problem.intermediate if problem.gate_up == "concatenated" and p.gated else 0,
+        out,
         e,
         Parameters(*(None if v is None else tl.constexpr(float(v)) for v in (p.alpha, p.beta, p.limit, p.linear_beta))),
         epilogue.weigh_then_bias,
         getattr(activations, p.name),
         problem.gate_up if p.gated else None,
+        stored,
     )
-    return hidden
+    if how.requantise != "kernel":
+        return _hidden_rows(how, requantised, call, work)
+    assert requantised is not None
+    hidden = work["hidden"]
+    live = quantise.slot if how.few else quantise.sorted_row
+    static = call.w2.input_scale if isinstance(call.w2, ExpertMatrix) else None
+    x = Rows(hidden, *hidden.stride(), None)
+    _quantise(schedule, x, "hidden", problem.intermediate, requantised, static, live, work, after, amax_is_there=True)
+    return _hidden_rows(how, requantised, call, work)
 
 
-def down(call: Call, plan: Plan, schedule: _Schedule, hidden: torch.Tensor, work: Workspace) -> torch.Tensor:
+def _tokens_as_codes(
+    call: Call, plan: Plan, schedule: _Schedule, x: Rows, inputs: Inputs, work: Workspace, options: dict[str, Any]
+) -> Rows:
+    """Hidden states as codes with their scales; they may be that already."""
+    problem = call.problem
+    scale = call.hidden_states_scale
+    if scale is not None:
+        if problem.inputs_dtype != str(_torch_type(_plan(plan).multiply[0])).removeprefix("torch."):
+            codes = work["x_codes"]
+            codes[:, : problem.hidden].copy_(call.hidden_states)
+            x = x._replace(ptr=codes, stride_row=codes.stride(0), stride_k=codes.stride(1))
+        row = scale.stride(0) if scale.shape[0] == problem.tokens else 0
+        return _with_scale(x, inputs, scale, row, scale.stride(1))
+    static = call.w13.input_scale if isinstance(call.w13, ExpertMatrix) else None
+    live = quantise.token if inputs.mode == "tensor" else quantise.all_rows
+    _quantise(schedule, x, "x", problem.hidden, inputs, static, live, work, options, amax_is_there=False)
+    codes, scale = work["x_codes"], work["x_scale"]
+    return _with_scale(Rows(codes, *codes.stride(), x.per), inputs, scale, *scale.stride())
+
+
+def _with_scale(x: Rows, inputs: Inputs, scale: torch.Tensor, stride_row: int, stride_group: int) -> Rows:
+    row_scale = RowScale(scale, stride_row, stride_group, x.per)
+    return x._replace(**{"step_scale" if inputs.mode == "group" else "final_scale": row_scale})
+
+
+def _hidden(how: TritonPlan, inputs: Inputs | None, call: Call, work: Workspace) -> tuple[Output, dict[str, Any]]:
+    """Where gate-up writes, and its STORE policy."""
+    by_slot = tl.constexpr(False)
+    plain = {"STORE": store.numbers, "ENCODE": None, "LARGEST": 0.0, "OUT_GROUP": 0}
+    if how.requantise != "epilogue":
+        hidden = work["hidden"]
+        out = Output(hidden, hidden.stride(0), by_slot)
+        if inputs is not None and inputs.mode == "tensor":
+            return out._replace(scale=work["hidden_amax"]), {**plain, "STORE": store.numbers_and_amax}
+        return out, plain
+    assert inputs is not None
+    codes = work["hidden_codes"]
+    how_encoded = {**plain, "ENCODE": getattr(encode, inputs.element), "LARGEST": ELEMENTS[inputs.element].largest}
+    if inputs.mode == "static":
+        assert isinstance(call.w2, ExpertMatrix)
+        return Output(codes, codes.stride(0), by_slot, call.w2.input_scale), {**how_encoded, "STORE": store.codes}
+    scale = work["hidden_scale"]
+    out = Output(codes, codes.stride(0), by_slot, scale, scale.stride(0))
+    return out, {**how_encoded, "STORE": store.codes_by_group, "OUT_GROUP": inputs.group}
+
+
+def _hidden_rows(how: TritonPlan, inputs: Inputs | None, call: Call, work: Workspace) -> Rows:
+    """What the down GEMM reads."""
+    if inputs is None:
+        hidden = work["hidden"]
+        return Rows(hidden, *hidden.stride(), None)
+    codes, scale = work["hidden_codes"], work["hidden_scale"]
+    x = Rows(codes, *codes.stride(), None)
+    if inputs.mode == "static" and how.requantise == "epilogue":
+        assert isinstance(call.w2, ExpertMatrix) and call.w2.input_scale is not None
+        return _with_scale(x, inputs, call.w2.input_scale, 0, 0)
+    return _with_scale(x, inputs, scale, *scale.stride())
+
+
+def _quantise(
+    schedule: _Schedule,
+    x: Rows,
+    name: str,
+    columns: int,
+    inputs: Inputs,
+    static: torch.Tensor | None,
+    live: Any,
+    work: Workspace,
+    options: dict[str, Any],
+    *,
+    amax_is_there: bool,
+) -> None:
+    """Codes and scales of rows into the workspace, where they are called ``name``."""
+    codes, scale, amax = work[f"{name}_codes"], work[f"{name}_scale"], work[f"{name}_amax"]
+    after = {**options, **({"WAIT": overlap.wait, "launch_pdl": True} if options["RELEASE"] is overlap.release else {})}
+    how = {"ENCODE": getattr(encode, inputs.element), "LARGEST": ELEMENTS[inputs.element].largest, "K": columns}
+    rows = codes.shape[0]
+    ids, table = schedule.ids, schedule.schedule
+    with device_guard(codes.device):
+        if inputs.mode == "group":
+            block_group = triton.next_power_of_2(inputs.group)
+            n_groups = scale.shape[1]
+            each = min(triton.next_power_of_2(n_groups), max(1, 2048 // block_group))
+            quantise.quantise_groups[(rows, math.ceil(n_groups / each))](
+                ids,
+                table,
+                x,
+                codes,
+                codes.stride(0),
+                scale,
+                scale.stride(0),
+                **options,
+                **how,
+                LIVE=live,
+                GROUP=inputs.group,
+                BLOCK_GROUP=block_group,
+                GROUPS=each,
+            )
+            return
+        block_k = min(4096, triton.next_power_of_2(columns))
+        if inputs.mode == "tensor" and not amax_is_there:
+            quantise.zero[(1,)](amax, **options, N=1)
+            quantise.amax[(rows,)](ids, table, x, amax, **after, LIVE=live, K=columns, BLOCK_K=block_k)
+            options = after
+        quantise.quantise_rows[(rows,)](
+            ids,
+            table,
+            x,
+            codes,
+            codes.stride(0),
+            scale,
+            amax if inputs.mode == "tensor" else None,
+            static if inputs.mode == "static" else None,
+            **options,
+            **how,
+            LIVE=live,
+            BLOCK_K=block_k,
+        )
+
+
+def down(call: Call, plan: Plan, schedule: _Schedule, hidden: Rows, work: Workspace) -> torch.Tensor:
     """Rows of the output [S, H] by slot, weighted; a row of an absent slot is never written."""
     problem = call.problem
     rows = work["rows"]
@@ -219,8 +406,9 @@ def down(call: Call, plan: Plan, schedule: _Schedule, hidden: torch.Tensor, work
         _plan(plan).down,
         _overlap(plan)[1],
         schedule,
-        Rows(hidden, hidden.stride(0), hidden.stride(1), None),
+        hidden,
         call.w2,
+        _plan(plan).multiply[1],
         0,
         Output(rows, rows.stride(0), tl.constexpr(True)),
         e,
@@ -228,6 +416,7 @@ def down(call: Call, plan: Plan, schedule: _Schedule, hidden: torch.Tensor, work
         epilogue.bias_then_weigh,
         None,
         None,
+        {"STORE": store.numbers, "ENCODE": None, "LARGEST": 0.0, "OUT_GROUP": 0},
     )
     return rows
 
@@ -246,16 +435,18 @@ def combine(
         )
 
 
-def _gather(plan: Plan, schedule: _Schedule, tokens: torch.Tensor, out: torch.Tensor) -> Rows:
+def _gather(plan: Plan, schedule: _Schedule, x: Rows, out: torch.Tensor) -> Rows:
+    """Rows copied into sorted order; scales stay where they are."""
+    tokens = x.ptr
     n_columns = tokens.shape[1]
     block = min(4096, triton.next_power_of_2(n_columns))
-    with device_guard(tokens.device):
+    with device_guard(out.device):
         gather_kernel[(out.shape[0], math.ceil(n_columns / block))](
             schedule.ids,
             schedule.schedule,
             tokens,
-            tokens.stride(0),
-            tokens.stride(1),
+            x.stride_row,
+            x.stride_k,
             out,
             out.stride(0),
             **_overlap(plan)[1],
@@ -263,7 +454,7 @@ def _gather(plan: Plan, schedule: _Schedule, tokens: torch.Tensor, out: torch.Te
             H=n_columns,
             BLOCK_H=block,
         )
-    return Rows(out, out.stride(0), out.stride(1), None)
+    return x._replace(ptr=out, stride_row=out.stride(0), stride_k=1, per=None)
 
 
 def _with_router_weight(e: Epilogue, call: Call) -> Epilogue:
@@ -276,17 +467,105 @@ def _with_router_weight(e: Epilogue, call: Call) -> Epilogue:
     )
 
 
-def _weight_map(w: torch.Tensor, config: KernelConfig, wide: int) -> tuple[TensorDescriptor, int, Any]:
+def _weight_map(w: torch.Tensor, config: KernelConfig, wide: int, per_byte: int) -> tuple[TensorDescriptor, int, Any]:
     """Tensor map of [E, N, K] as a two-dimensional tensor, its rows per expert, and the load that uses it."""
     n_experts, n, k = w.shape
     stride_e, stride_n, stride_k = w.stride()
     if stride_k == 1:
         per = stride_e // stride_n if n_experts > 1 else n
         rows = (n_experts - 1) * per + n
-        return TensorDescriptor(w, [rows, k], [stride_n, 1], [wide, config.block_k]), per, load.weight_by_map_nk
+        box = [wide, config.block_k // per_byte]
+        return TensorDescriptor(w, [rows, k], [stride_n, 1], box), per, load.weight_by_map_nk
     per = stride_e // stride_k if n_experts > 1 else k
     rows = (n_experts - 1) * per + k
     return TensorDescriptor(w, [rows, n], [stride_k, 1], [config.block_k, wide]), per, load.weight_by_map_kn
+
+
+class _Operand(NamedTuple):
+    """An expert matrix as the kernel takes it, with the policies that understand it."""
+
+    weight: Weight
+    data: torch.Tensor
+    policies: dict[str, Any]
+    k_end: int
+
+
+def _operand(
+    w: torch.Tensor | ExpertMatrix, multiply: str, up: int, wide: int, block_k: int, inputs: Inputs | None
+) -> _Operand:
+    """Choose what understands the storage of an expert matrix.
+
+    Scales of whole rows wait for the sum. Scales of groups of K are applied to the product of a step that lies within
+    a group; where a row's groups are shorter than a step, to the weights as they are decoded.
+    """
+    math_type = _TRITON_TYPES[multiply]
+    if isinstance(w, torch.Tensor):
+        k = w.shape[2]
+        policies = {
+            "STEP": step.dense,
+            "DECODE": decode.as_they_are,
+            "ELEMENT": None,
+            "FINISH": step.nothing,
+            "MATH": math_type,
+            "ACCUMULATE": tl.float32,
+            "SHIFT": 0.0,
+            "PER_BYTE": 1,
+            "GROUP": k,
+            "STRIDE": k,
+        }
+        return _Operand(Weight(w, *w.stride(), 0, up), w, policies, k)
+    form, k = w.format, w.shape[2]
+    block_n, block_k_of_scale = form.block
+    native = multiply == form.element
+    in_weights = block_k_of_scale != 0 and block_n == 1 and inputs is None and block_k > block_k_of_scale
+    in_weights = in_weights or form.inputs is not None and form.inputs.mode != "group" and block_k_of_scale != 0
+    in_step = block_k_of_scale != 0 and not in_weights
+    scale = _bytes(w.scale) if form.scale in ("e8m0", "e4m3") else w.scale
+    phase = up if w.parts == 1 and block_n else 0
+    scales = BlockScale(
+        scale,
+        *scale.stride(),
+        w.scale.shape[1] // 2 if w.parts == 2 and up else 0,
+        phase,
+        tl.constexpr(block_n),
+        tl.constexpr(block_k_of_scale or k),
+        tl.constexpr(form.scale),
+        tl.constexpr(block_n > 1 and block_n % wide == 0 and phase % wide == 0),
+    )
+    zero = None
+    if w.zero is not None:
+        zero = Zeros(w.zero, *w.zero.stride(), up, tl.constexpr(form.per_byte))
+    data = w.data if native or form.element in ("int8",) else _bytes(w.data)
+    weight = Weight(
+        data,
+        *data.stride(),
+        0,
+        up,
+        step_scale=scales if block_k_of_scale else None,
+        final_scale=None if block_k_of_scale else scales,
+        zero=zero,
+        tensor_scale=w.tensor_scale,
+    )
+    element = {"int8": decode.signed, "uint8": decode.unsigned, "int4": decode.unsigned}.get(form.element)
+    stride = math.ceil(block_k_of_scale / block_k) * block_k if in_step else k
+    group = block_k_of_scale if in_step else k
+    policies = {
+        "STEP": step.scaled_product if in_step else step.product,
+        "DECODE": decode.as_they_are if native else decode.decoded_and_scaled if in_weights else decode.decoded,
+        "ELEMENT": element or getattr(decode, form.element),
+        "FINISH": step.scales,
+        "MATH": math_type,
+        "ACCUMULATE": tl.int32 if multiply == "int8" and not in_step else tl.float32,
+        "SHIFT": float(ELEMENTS[form.element].zero),
+        "PER_BYTE": form.per_byte,
+        "GROUP": group,
+        "STRIDE": stride,
+    }
+    return _Operand(weight, data, policies, k if group == stride else math.ceil(k / group) * stride)
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.view(torch.uint8)
 
 
 def _launch(
@@ -295,7 +574,8 @@ def _launch(
     options: dict[str, Any],
     schedule: _Schedule,
     x: Rows,
-    w: torch.Tensor,
+    w: torch.Tensor | ExpertMatrix,
+    multiply: str,
     up: int,
     out: Output,
     e: Epilogue,
@@ -303,14 +583,16 @@ def _launch(
     epilogue_function: Any,
     activation_function: Any,
     gate_up_layout: str | None,
+    stored: dict[str, Any],
 ) -> None:
-    problem = call.problem
-    scheme: ModuleType = load_scheme(problem.scheme)
     _, n, k = w.shape
     wide = config.block_n * (2 if gate_up_layout == "interleaved" else 1)
-    w_desc, per_expert, load_w = None, 0, load.weight_by_pointer
+    inputs = w.format.inputs if isinstance(w, ExpertMatrix) else None
+    operand = _operand(w, multiply, up, wide, config.block_k, inputs)
+    w_desc, load_w, weight = None, load.weight_by_pointer, operand.weight
     if config.maps != "none":
-        w_desc, per_expert, load_w = _weight_map(w, config, wide)
+        w_desc, per_expert, load_w = _weight_map(operand.data, config, wide, operand.policies["PER_BYTE"])
+        weight = weight._replace(rows_per_expert=per_expert)
     x_desc, load_x = None, load.rows_by_pointer
     if config.maps == "xw":
         x_desc = TensorDescriptor(x.ptr, [x.ptr.shape[0], k], [x.stride_row, 1], [config.block_m, config.block_k])
@@ -325,32 +607,33 @@ def _launch(
             schedule.ids,
             schedule.schedule,
             x,
-            Weight(w, w.stride(0), w.stride(1), w.stride(2), per_expert, up),
+            weight,
             out,
             e,
             p,
             x_desc,
             w_desc,
-            k,
+            operand.k_end,
             **options,
+            **operand.policies,
+            **stored,
             SPAN=tiles.few_span if few else tiles.scheduled_span,
             LOCATE=tiles.few_locate if few else tiles.scheduled_locate,
             LOAD_X=load_x,
             LOAD_W=load_w,
-            STEP=scheme.step,
-            FINISH=scheme.finish,
             EPILOGUE=epilogue_function,
             ACTIVATION=activation_function,
             GATE_UP=gate_up_layout,
             N=n,
             K=k,
+            SWAP=config.swap,
             BLOCK_M=config.block_m,
             BLOCK_N=config.block_n,
             BLOCK_K=config.block_k,
             GROUP_M=config.group_m,
             FEW=FEW,
             FLATTEN=config.flatten,
-            PRECISION=problem.fp32_precision,
+            PRECISION=call.problem.fp32_precision,
             num_warps=config.warps,
             num_stages=config.stages,
         )

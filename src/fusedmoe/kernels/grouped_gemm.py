@@ -23,42 +23,70 @@ import triton.language as tl
 def grouped_gemm(
     ids, schedule, x, w, out, e, p,  # Ids, Schedule, Rows, Weight, Output, Epilogue, Parameters
     x_desc, w_desc,  # tensor maps, or None
-    k_end,  # K again, at run time: a constant trip count makes LLVM unroll short loops until they spill
+    k_end,  # K (padded by STRIDE) at run time: a constant trip count makes LLVM unroll short loops until they spill
     WAIT: tl.constexpr, RELEASE: tl.constexpr, SPAN: tl.constexpr, LOCATE: tl.constexpr,
-    LOAD_X: tl.constexpr, LOAD_W: tl.constexpr, STEP: tl.constexpr, FINISH: tl.constexpr,
-    EPILOGUE: tl.constexpr, ACTIVATION: tl.constexpr, GATE_UP: tl.constexpr,
+    LOAD_X: tl.constexpr, LOAD_W: tl.constexpr, STEP: tl.constexpr, DECODE: tl.constexpr, ELEMENT: tl.constexpr,
+    FINISH: tl.constexpr, EPILOGUE: tl.constexpr, ACTIVATION: tl.constexpr, GATE_UP: tl.constexpr, STORE: tl.constexpr,
+    ENCODE: tl.constexpr, LARGEST: tl.constexpr, OUT_GROUP: tl.constexpr,
     N: tl.constexpr, K: tl.constexpr,  # rows of w, inner size
+    GROUP: tl.constexpr, STRIDE: tl.constexpr,  # steps stay within GROUP columns of K, which take STRIDE; or K and K
+    MATH: tl.constexpr, ACCUMULATE: tl.constexpr, SHIFT: tl.constexpr, PER_BYTE: tl.constexpr, SWAP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr, FEW: tl.constexpr, FLATTEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     # BLOCK_N counts output columns; the interleaved form loads both rows of a column.
     WIDE: tl.constexpr = 2 * BLOCK_N if GATE_UP == "interleaved" else BLOCK_N
     COLUMNS: tl.constexpr = N if GATE_UP is None else N // 2
+    PART_COLUMNS: tl.constexpr = COLUMNS if GATE_UP == "concatenated" else N
     RAGGED: tl.constexpr = COLUMNS % BLOCK_N != 0
     N_BLOCKS: tl.constexpr = (COLUMNS + BLOCK_N - 1) // BLOCK_N
+    MASKED: tl.constexpr = K % BLOCK_K != 0 or GROUP != STRIDE
     first, last, step = SPAN(ids, schedule, N_BLOCKS, BLOCK_M, FEW, WAIT)
     RELEASE()
     for i in tl.range(first, last, step, flatten=FLATTEN):
         expert, row0, row, slot, live, block_n = LOCATE(i, ids, schedule, N_BLOCKS, BLOCK_M, GROUP_M, FEW)
         index = row if x.per is None else slot // x.per
+        # The row of scales; codes may have been copied into sorted rows, and their scales not.
+        scale_row = index
+        if x.step_scale is not None:
+            scale_row = row if x.step_scale.per is None else slot // x.step_scale.per
+        if x.final_scale is not None:
+            scale_row = row if x.final_scale.per is None else slot // x.final_scale.per
         n0 = block_n * WIDE
-        acc = tl.zeros((BLOCK_M, WIDE), tl.float32)
-        if GATE_UP == "concatenated":
-            acc_up = tl.zeros((BLOCK_M, WIDE), tl.float32)
-        tl.assume(k_end > 0)  # without it ptxas may serialise WGMMA, one wait per K step
-        for k0 in tl.range(0, k_end, BLOCK_K):
-            a = LOAD_X(x, x_desc, index, live, row0, k0, K, BLOCK_M, BLOCK_K)
-            b = LOAD_W(w, w_desc, expert, n0, k0, N, K, WIDE, BLOCK_K, RAGGED)
-            acc = STEP(acc, a, b, x, w, PRECISION)
-            if GATE_UP == "concatenated":
-                b = LOAD_W(w, w_desc, expert, w.up + n0, k0, N, K, WIDE, BLOCK_K, RAGGED)
-                acc_up = STEP(acc_up, a, b, x, w, PRECISION)
-
         n = n0 + tl.arange(0, WIDE)
-        inside = n < (COLUMNS if GATE_UP == "concatenated" else N)
-        acc = EPILOGUE(FINISH(acc, x, w), e, expert, slot, live, n, inside)
+        inside = n < PART_COLUMNS
+        ROWS: tl.constexpr = WIDE if SWAP else BLOCK_M
+        acc = tl.zeros((ROWS, BLOCK_M + WIDE - ROWS), ACCUMULATE)
         if GATE_UP == "concatenated":
-            acc_up = EPILOGUE(FINISH(acc_up, x, w), e, expert, slot, live, w.up + n, inside)
+            acc_up = tl.zeros((ROWS, BLOCK_M + WIDE - ROWS), ACCUMULATE)
+        tl.assume(k_end > 0)  # without it ptxas may serialise WGMMA, one wait per K step
+        for k in tl.range(0, k_end, BLOCK_K):
+            k0, limit = tl.cast(k, tl.int32), K
+            if GROUP != STRIDE:
+                limit = tl.minimum(k0 // STRIDE * GROUP + GROUP, K)
+                k0 = k0 // STRIDE * GROUP + k0 % STRIDE
+            a = LOAD_X(x, x_desc, index, live, row0, k0, limit, MASKED, BLOCK_M, BLOCK_K)
+            b = LOAD_W(w, w_desc, expert, n0, k0, limit, N, MASKED, WIDE, BLOCK_K, PER_BYTE, RAGGED)
+            acc = STEP(
+                acc, a, b, x, w, scale_row, live, expert, n, n0, inside, k0, 0, DECODE, MATH, ELEMENT, SHIFT, PER_BYTE,
+                SWAP, K, WIDE, BLOCK_K, PRECISION,
+            )  # fmt: skip
+            if GATE_UP == "concatenated":
+                b = LOAD_W(w, w_desc, expert, w.up + n0, k0, limit, N, MASKED, WIDE, BLOCK_K, PER_BYTE, RAGGED)
+                acc_up = STEP(
+                    acc_up, a, b, x, w, scale_row, live, expert, n, n0, inside, k0, 1, DECODE, MATH, ELEMENT, SHIFT,
+                    PER_BYTE, SWAP, K, WIDE, BLOCK_K, PRECISION,
+                )  # fmt: skip
+
+        if SWAP:
+            acc = tl.trans(acc)
+        acc = FINISH(acc, x, w, scale_row, live, expert, n, n0, inside, 0)
+        acc = EPILOGUE(acc, e, expert, slot, live, n, inside)
+        if GATE_UP == "concatenated":
+            if SWAP:
+                acc_up = tl.trans(acc_up)
+            acc_up = FINISH(acc_up, x, w, scale_row, live, expert, n, n0, inside, 1)
+            acc_up = EPILOGUE(acc_up, e, expert, slot, live, w.up + n, inside)
             result = ACTIVATION(acc, acc_up, p)
         elif GATE_UP == "interleaved":
             gate, up = tl.split(tl.reshape(acc, (BLOCK_M, BLOCK_N, 2)))
@@ -70,5 +98,4 @@ def grouped_gemm(
 
         dest = slot if out.by_slot else row
         column = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
-        address = out.ptr + dest.to(tl.int64)[:, None] * out.stride_row + column[None, :]
-        tl.store(address, result.to(out.ptr.dtype.element_ty), mask=live[:, None] & (column < COLUMNS)[None, :])
+        STORE(result, out, dest, live, column, COLUMNS, BLOCK_M, BLOCK_N, ENCODE, LARGEST, OUT_GROUP)

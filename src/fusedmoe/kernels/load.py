@@ -1,11 +1,12 @@
 """Loads of a K step of the left and the right operand: by pointer (any strides) or by tensor map (sm_90+).
 
-Left operand:  ``f(x, desc, index, live, row, k0, K, BLOCK_M, BLOCK_K) -> [BLOCK_M, BLOCK_K]``.
-Right operand: ``f(w, desc, expert, n0, k0, N, K, BLOCK_N, BLOCK_K, RAGGED) -> [BLOCK_K, BLOCK_N]``.
+Left operand:  ``f(x, desc, index, live, row, k0, limit, MASKED, BLOCK_M, BLOCK_K) -> [BLOCK_M, BLOCK_K]``.
+Right operand: ``f(w, desc, expert, n0, k0, limit, N, MASKED, BLOCK_N, BLOCK_K, PER_BYTE, RAGGED)
+-> [BLOCK_K / PER_BYTE, BLOCK_N]``; with two codes in a byte, bytes of codes.
 
-Elements outside K are 0 on both sides; elements outside N, and rows that are not live, may be anything
-finite or not: a row or column of a product depends on no other, and neither is ever stored. RAGGED: the
-last block of columns reaches past N (or, of a concatenated w13, past the up rows).
+Elements outside K are 0 on both sides (MASKED: the step may reach past ``limit``); elements outside N, and rows that
+are not live, may be anything finite or not: a row or column of a product depends on no other, and neither is ever
+stored. RAGGED: the last block of columns reaches past N (or, of a concatenated w13, past the up rows).
 """
 
 from __future__ import annotations
@@ -15,31 +16,35 @@ import triton.language as tl
 
 
 @triton.jit
-def rows_by_pointer(x, desc, index, live, row, k0, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
+def rows_by_pointer(
+    x, desc, index, live, row, k0, limit, MASKED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr
+):
     k = k0 + tl.arange(0, BLOCK_K)
     address = x.ptr + index.to(tl.int64)[:, None] * x.stride_row + k.to(tl.int64)[None, :] * x.stride_k
     mask = live[:, None]
-    if K % BLOCK_K != 0:
-        mask = mask & (k < K)[None, :]
+    if MASKED:
+        mask = mask & (k < limit)[None, :]
     return tl.load(address, mask=mask, other=0.0)
 
 
 @triton.jit
-def rows_by_map(x, desc, index, live, row, k0, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
+def rows_by_map(
+    x, desc, index, live, row, k0, limit, MASKED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr
+):
     return desc.load([row, k0])
 
 
 @triton.jit
 def weight_by_pointer(
-    w, desc, expert, n0, k0, N: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    RAGGED: tl.constexpr,
+    w, desc, expert, n0, k0, limit, N: tl.constexpr, MASKED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    PER_BYTE: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
     n = n0 + tl.arange(0, BLOCK_N)
-    k = k0 + tl.arange(0, BLOCK_K)
+    k = k0 // PER_BYTE + tl.arange(0, BLOCK_K // PER_BYTE)
     base = w.ptr + expert.to(tl.int64) * w.stride_e
     address = base + n.to(tl.int64)[None, :] * w.stride_n + k.to(tl.int64)[:, None] * w.stride_k
-    if K % BLOCK_K != 0:
-        return tl.load(address, mask=(k < K)[:, None] & (n < N)[None, :], other=0.0)
+    if MASKED:
+        return tl.load(address, mask=(k < limit // PER_BYTE)[:, None] & (n < N)[None, :], other=0.0)
     elif RAGGED:
         return tl.load(address, mask=(n < N)[None, :], other=0.0)
     else:
@@ -48,15 +53,15 @@ def weight_by_pointer(
 
 @triton.jit
 def weight_by_map_nk(
-    w, desc, expert, n0, k0, N: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    RAGGED: tl.constexpr,
+    w, desc, expert, n0, k0, limit, N: tl.constexpr, MASKED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    PER_BYTE: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
-    return desc.load([expert * w.rows_per_expert + n0, k0]).T
+    return desc.load([expert * w.rows_per_expert + n0, k0 // PER_BYTE]).T
 
 
 @triton.jit
 def weight_by_map_kn(
-    w, desc, expert, n0, k0, N: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    RAGGED: tl.constexpr,
+    w, desc, expert, n0, k0, limit, N: tl.constexpr, MASKED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    PER_BYTE: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
     return desc.load([expert * w.rows_per_expert + k0, n0])

@@ -32,6 +32,15 @@ class Schedule(NamedTuple):
     n_tiles: object  #     [1] int32
 
 
+class RowScale(NamedTuple):
+    """Scales of quantised rows, float32; strides of 0 where one serves all."""
+
+    ptr: object
+    stride_row: object
+    stride_group: object
+    per: object  #       slots that share a row of scales (constexpr); None: one per sorted row
+
+
 class Rows(NamedTuple):
     """The left operand. ``per`` slots share a row of ``ptr`` (constexpr); None: one row per sorted row."""
 
@@ -39,6 +48,36 @@ class Rows(NamedTuple):
     stride_row: object
     stride_k: object
     per: object
+    step_scale: object = None  #   RowScale per group of K, applied to each step's product; or None
+    final_scale: object = None  #  RowScale per row, applied to the sum; or None
+
+
+class BlockScale(NamedTuple):
+    """Scales of weights: one for ``block_n`` rows (0: all) and ``block_k`` columns. Row n of part p has scale row
+    ``p up + (n + p phase) // block_n``: the up rows of a concatenated w13 are part 1.
+    """
+
+    ptr: object  #       [E, rows, columns]; float, or bytes of ``kind`` "e8m0" or "e4m3"
+    stride_e: object
+    stride_n: object
+    stride_k: object
+    up: object
+    phase: object
+    block_n: object  #   constexpr, as what follows
+    block_k: object
+    kind: object
+    uniform: object  #   all columns of a tile share one
+
+
+class Zeros(NamedTuple):
+    """Zero points, in the same blocks of columns as the scales, each row its own."""
+
+    ptr: object  #       [E, N or ceil(N / 2), columns] uint8
+    stride_e: object
+    stride_n: object
+    stride_k: object
+    up: object  #        first row of the up part
+    per_byte: object  #  constexpr
 
 
 class Weight(NamedTuple):
@@ -50,6 +89,10 @@ class Weight(NamedTuple):
     stride_k: object
     rows_per_expert: object  # rows of a tensor map from one expert to the next
     up: object  #              row of the first up row when gate and up are concatenated, else 0
+    step_scale: object = None  #   BlockScale used inside of the loop over K, or None
+    final_scale: object = None  #  BlockScale of whole rows, applied to the sum, or None
+    zero: object = None  #         Zeros, or None
+    tensor_scale: object = None  # [E] float32, or None
 
 
 class Output(NamedTuple):
@@ -58,6 +101,8 @@ class Output(NamedTuple):
     ptr: object  #       [S, columns], last dimension contiguous
     stride_row: object
     by_slot: object
+    scale: object = None  #        float32 that a STORE policy reads or writes, or None
+    stride_scale: object = None
 
 
 class Epilogue(NamedTuple):

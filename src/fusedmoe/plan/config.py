@@ -18,6 +18,7 @@ class KernelConfig:
         maps: the left / the right operand is loaded by tensor map ("none", "w", "xw").
         programs_per_sm: 0 for one program per tile, else a persistent grid of n_sm times this many.
         flatten: one software pipeline over the tiles of a persistent program.
+        swap: weights are the left operand of a product, rows the right one.
     """
 
     block_m: int
@@ -29,6 +30,7 @@ class KernelConfig:
     maps: Literal["none", "w", "xw"] = "none"
     programs_per_sm: int = 0
     flatten: bool = False
+    swap: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +42,8 @@ class TritonPlan:
         gather: copy the tokens into sorted rows first, so that gate-up loads them by tensor map.
         overlap: a launch starts while the one before it ends, and waits on the device (programmatic dependent launch).
         combine_block: output columns of a program of the last step.
+        multiply: types in which the two GEMMs multiply.
+        requantise: where the intermediate becomes codes: in the epilogue of gate-up, in a kernel of its own, or nowhere.
     """
 
     few: bool
@@ -48,6 +52,8 @@ class TritonPlan:
     gate_up: KernelConfig
     down: KernelConfig
     combine_block: int
+    multiply: tuple[str, str]
+    requantise: Literal["none", "epilogue", "kernel"] = "none"
 
 
 @dataclass(frozen=True, kw_only=True)

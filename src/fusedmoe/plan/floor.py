@@ -75,7 +75,7 @@ def floor_of(problem: Problem, ceilings: Ceilings, *, distinct: float | None = N
     """
     weight_bytes = problem.weight_bytes
     if distinct is not None:
-        weight_bytes = distinct * problem.hidden * (problem.w13_rows + problem.intermediate) * problem.itemsize
+        weight_bytes = distinct * problem.expert_bytes
     return Floor(
         weights_us=weight_bytes / ceilings.bandwidth_gbps / 1e3,
         math_us=problem.flops / ceilings.tflops / 1e6,

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Literal
 
 from fusedmoe.plan.config import FEW, KernelConfig, TritonPlan
-from fusedmoe.plan.validity import why_no_maps, why_not, wide
+from fusedmoe.plan.arithmetic import bytes_of, multiply_in
+from fusedmoe.plan.validity import step_bytes, why_no_maps, why_not, wide
 from fusedmoe.spec.problem import Gemm, Problem
 from fusedmoe.target import Target
 
@@ -51,7 +53,22 @@ def triton_plan(problem: Problem, target: Target) -> TritonPlan:
         gate_up=gate_up,
         down=down,
         combine_block=max(16, min(1024, _next_power_of_2(problem.hidden))),
+        multiply=(multiply_in(first, target), multiply_in(second, target)),
+        requantise=_requantise(second, gate_up),
     )
+
+
+def _requantise(down: Gemm, gate_up: KernelConfig) -> Literal["none", "epilogue", "kernel"]:
+    """Where the intermediate becomes codes: in the epilogue of gate-up when a tile has all that a scale is made of."""
+    inputs = down.format.inputs if down.format else None
+    if inputs is None:
+        return "none"
+    if inputs.mode == "group":
+        whole = gate_up.block_n % inputs.group == 0
+    else:
+        # A NaN among integers is a NaN of their row's scale, which no tile alone can write.
+        whole = inputs.mode == "static" and inputs.element != "int8"
+    return "epilogue" if whole else "kernel"
 
 
 def _overlap(problem: Problem, target: Target, down: KernelConfig, *, few: bool) -> bool:
@@ -70,7 +87,9 @@ def _ideal(problem: Problem, target: Target, block_m: int, gemm: Gemm, *, few: b
     """The tile one would like, before shared memory and layout are looked at."""
     mean, half = problem.slots / problem.experts, gemm.width
     if target.interpret:
-        return KernelConfig(block_m=block_m, block_n=64 // half, block_k=32, group_m=2)
+        return KernelConfig(block_m=block_m, block_n=64 // half, block_k=32, group_m=2, swap=gemm.format is not None)
+    if gemm.format is not None:
+        return _quantised(target, block_m, gemm, mean)
     if problem.dtype == "float32":
         # Products on the CUDA cores: registers, not tensor cores, bound the tile.
         return KernelConfig(
@@ -105,6 +124,29 @@ def _ideal(problem: Problem, target: Target, block_m: int, gemm: Gemm, *, few: b
     return replace(tile, group_m=8, maps="xw", programs_per_sm=1)
 
 
+def _quantised(target: Target, block_m: int, gemm: Gemm, mean: float) -> KernelConfig:
+    """The tile of a quantised matrix."""
+    half, math = gemm.width, multiply_in(gemm, target)
+    native = bytes_of(math) == 1
+    assert gemm.format is not None
+    if target.vendor == "nvidia" and target.capability < 80:
+        return KernelConfig(block_m=min(32, block_m), block_n=64 // half, block_k=32, warps=4, stages=1, group_m=4)
+    if math == "float32":
+        return KernelConfig(block_m=min(32, block_m), block_n=64 // half, block_k=32, warps=4, stages=3, group_m=4)
+    group = gemm.format.block[1] if gemm.format.block[0] != 1 or gemm.format.inputs else 0
+    block_k = 128 if native or block_m <= 32 else 64
+    if group and group < block_k:
+        block_k = max(32, _next_power_of_2(group))
+    if block_m < 64:
+        swap = not native or target.vendor == "nvidia" and target.capability == 90
+        return KernelConfig(block_m=block_m, block_n=128 // half, block_k=block_k, warps=4, stages=4, swap=swap)
+    if not native:
+        return KernelConfig(block_m=block_m, block_n=128 // half, block_k=block_k, warps=8, stages=3, group_m=4, swap=True)
+    if block_m == 64:
+        return KernelConfig(block_m=64, block_n=128 // half, block_k=block_k, warps=4, stages=4)
+    return KernelConfig(block_m=128, block_n=128, block_k=block_k, warps=8, stages=3, group_m=4, maps="w")
+
+
 def _few(problem: Problem, target: Target, gemm: Gemm) -> KernelConfig:
     """A tile of few slots: wide or narrow, whichever leaves fewer multiprocessors idle in the last wave.
 
@@ -117,7 +159,7 @@ def _few(problem: Problem, target: Target, gemm: Gemm) -> KernelConfig:
 
     def waves(config: KernelConfig) -> float:
         # Loads by pointer keep one step fewer in shared memory than there are stages.
-        step = (config.block_m + wide(config, gemm)) * config.block_k * gemm.itemsize
+        step = step_bytes(config, gemm, target)
         resident = max(1, target.shared_bytes // (step * (config.stages - 1) + 1024))
         return problem.active_experts * -(-gemm.columns // config.block_n) / (target.n_sm * resident)
 

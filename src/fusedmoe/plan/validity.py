@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fusedmoe.plan.arithmetic import bytes_of, multiply_in
 from fusedmoe.plan.config import KernelConfig
 from fusedmoe.spec.problem import Gemm
 from fusedmoe.target import Target
@@ -15,15 +16,25 @@ def wide(config: KernelConfig, gemm: Gemm) -> int:
     return config.block_n * gemm.width
 
 
-def shared_bytes(config: KernelConfig, gemm: Gemm) -> int:
+def step_bytes(config: KernelConfig, gemm: Gemm, target: Target) -> int:
+    """Bytes that one K step of both operands loads."""
+    rows = config.block_m * config.block_k * bytes_of(multiply_in(gemm, target))
+    weights = wide(config, gemm) * config.block_k
+    return rows + (weights * bytes_of(gemm.dtype) if gemm.format is None else weights // gemm.format.per_byte)
+
+
+def shared_bytes(config: KernelConfig, gemm: Gemm, target: Target) -> int:
     """An upper bound of the shared memory of a program, compared with the compiler's own figure in the tests.
 
-    Operand buffers: one K step of both operands per stage. The epilogue converts layouts in shared memory: after
-    the buffers are free in a kernel of one tile, beside them when the next tile's loads are already under way.
+    Operand buffers: one K step of both operands per stage; weights that are decoded lie there once more on their way to
+    the tensor cores. The epilogue converts layouts in shared memory: after the buffers are free in a kernel of one
+    tile, beside them when the next tile's loads are already under way.
     """
-    step = (config.block_m + wide(config, gemm)) * config.block_k * gemm.itemsize
+    math = multiply_in(gemm, target)
     epilogue = config.block_m * wide(config, gemm) * 4
-    buffers = step * max(1, config.stages)
+    buffers = step_bytes(config, gemm, target) * max(1, config.stages)
+    if gemm.format is not None and math != gemm.format.element:
+        buffers += (wide(config, gemm) // gemm.width * 2 + config.block_m) * config.block_k * bytes_of(math)
     return _EXTRA + (buffers + epilogue // 4 if config.programs_per_sm else max(buffers, epilogue))
 
 
@@ -34,6 +45,8 @@ def why_not(config: KernelConfig, gemm: Gemm, target: Target) -> list[str]:
         value = getattr(config, name)
         if value < 16 or value & (value - 1):
             reasons.append(f"{name}={value} is no power of two of at least 16")
+    if bytes_of(multiply_in(gemm, target)) == 1 and config.block_k < 32:
+        reasons.append(f"block_k={config.block_k} is below 32, the shortest product of codes of one byte")
     if config.warps not in (1, 2, 4, 8, 16):
         reasons.append(f"warps={config.warps} is not 1, 2, 4, 8 or 16")
     if config.stages < 1:
@@ -44,7 +57,7 @@ def why_not(config: KernelConfig, gemm: Gemm, target: Target) -> list[str]:
         reasons.append("flatten needs a persistent grid (programs_per_sm > 0)")
     if config.maps != "none":
         reasons += why_no_maps(config, gemm, target)
-    need = shared_bytes(config, gemm)
+    need = shared_bytes(config, gemm, target)
     if need > target.shared_bytes:
         have = f"{target.arch or target.vendor} has {target.shared_bytes}"
         reasons.append(f"needs up to {need} bytes of shared memory, {have}")
@@ -60,6 +73,12 @@ def why_no_maps(config: KernelConfig, gemm: Gemm, target: Target) -> list[str]:
         reasons.append("no tensor map describes the expert matrix: address and strides must be multiples of 16 bytes")
     if max(config.block_m, wide(config, gemm), config.block_k) > 256:
         reasons.append("a side of a tensor map's box is at most 256")
+    per_byte = gemm.format.per_byte if gemm.format else 1
+    group = gemm.format.block[1] if gemm.format else 0
+    if group and group % config.block_k and config.block_k % group:
+        reasons.append(f"groups of {group} columns are no multiple of block_k={config.block_k}, and steps must be masked")
+    if config.block_k // per_byte < 16:
+        reasons.append("a side of a tensor map's box is at least 16 bytes")
     if gemm.matrix.contiguous == "N" and gemm.inner % config.block_k:
         # Rows past K belong to the next expert; 0 * NaN would leak them in.
         reasons.append(f"K = {gemm.inner} of a matrix stored [E, K, N] is no multiple of block_k={config.block_k}")

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from fusedmoe.errors import DTypeError, OptionError, explain
+from fusedmoe.expert_matrix import ExpertMatrix
+from fusedmoe.numerics import quantise_inputs, spread_input_scale
 from fusedmoe.reference.activations import activate
 from fusedmoe.spec.activation import Activation
 from fusedmoe.spec.layout import GATE_UP_LAYOUTS, WEIGHT_LAYOUTS, GateUpLayout, WeightLayout
@@ -13,11 +15,13 @@ from fusedmoe.spec.layout import GATE_UP_LAYOUTS, WEIGHT_LAYOUTS, GateUpLayout, 
 
 def fused_experts(
     hidden_states: Tensor,
-    w13: Tensor,
-    w2: Tensor,
+    w13: Tensor | ExpertMatrix,
+    w2: Tensor | ExpertMatrix,
     topk_weights: Tensor,
     topk_ids: Tensor,
     *,
+    hidden_states_scale: Tensor | None = None,
+    emulate: bool = False,
     activation: str | Activation = "silu",
     gate_up_layout: GateUpLayout = "concatenated",
     weight_layout: WeightLayout = "NK",
@@ -38,15 +42,24 @@ def fused_experts(
 
     A slot whose id or mapped id names no expert adds exactly 0; an expert chosen twice by a token counts twice.
 
+    Where W1 or W2 is quantised, it stands for ``dequantize()`` of itself. Where its format quantises the rows that it
+    multiplies, x[t] or a(...) is codes * scale of :func:`fusedmoe.numerics.quantise_inputs`: of x[t] once for all its
+    slots, of a(...) after everything that is applied to it. The largest magnitude of mode "tensor" is that of the
+    tokens, or slots, that have an expert. This is the only rounding there is.
+
     Args:
         hidden_states: x, [T, H].
-        w13: W1, [E, 2I, H] ([E, I, H] if not gated), or its transpose [E, H, 2I] with ``weight_layout="KN"``.
-        w2: W2, [E, H, I], or [E, I, H] with ``weight_layout="KN"``.
+        w13: W1, [E, 2I, H] ([E, I, H] if not gated), or its transpose [E, H, 2I] with ``weight_layout="KN"``;
+            or an ExpertMatrix.
+        w2: W2, [E, H, I], or [E, I, H] with ``weight_layout="KN"``; or an ExpertMatrix.
         topk_weights: w, [T, top_k].
         topk_ids: [T, top_k] integers; outside [0, E), or outside ``expert_map``, they name no expert.
+        hidden_states_scale: x[t] is hidden_states[t] times this; [1], [T], [T, 1], or [T, ceil(H / group)] with the
+            group of the inputs of w13.
+        emulate: of no effect; it is here because the options of ``fusedmoe.fused_experts`` fit this function too.
         activation: a; a name or an :class:`fusedmoe.spec.activation.Activation`.
         gate_up_layout: order of the 2I rows of W1: "concatenated" or "interleaved".
-        weight_layout: "NK" ([E, out, in]) or "KN" ([E, in, out]).
+        weight_layout: "NK" ([E, out, in]) or "KN" ([E, in, out]); an ExpertMatrix is "NK".
         w13_bias: b1, [E, 2I or I].
         w2_bias: b2, [E, H].
         apply_router_weight_on_input: see above; neither bias is weighted then.
@@ -59,34 +72,63 @@ def fused_experts(
 
     Raises:
         DTypeError: ``dtype`` is neither.
-        OptionError: unknown activation or layout.
+        OptionError: unknown activation or layout, or an ExpertMatrix with "KN".
     """
     activation = Activation.of(activation)
-    _check_options(gate_up_layout, weight_layout, dtype)
-    n_experts = w13.shape[0]
-    expert = _local_ids(topk_ids, n_experts, expert_map, global_num_experts)
-    x = hidden_states.to(dtype)
-    out = torch.zeros_like(x)
-    for e in range(n_experts):
-        token, j = torch.nonzero(expert == e, as_tuple=True)
-        if token.numel() == 0:
+    _check_options(gate_up_layout, weight_layout, dtype, quantised=any(isinstance(w, ExpertMatrix) for w in (w13, w2)))
+    expert = _local_ids(topk_ids, w13.shape[0], expert_map, global_num_experts)
+    token, j = torch.nonzero(expert >= 0, as_tuple=True)
+    weight = topk_weights[token, j].to(dtype)[:, None]
+    rows = [torch.nonzero(expert[token, j] == e).flatten() for e in range(w13.shape[0])]
+    if hidden_states_scale is None:
+        x = _rows(hidden_states.to(dtype), w13, live=(expert >= 0).any(1))
+    else:
+        x = _scaled(hidden_states.to(dtype), hidden_states_scale.to(dtype), w13)
+    inner = w2.shape[2] if weight_layout == "NK" else w2.shape[1]
+    a = x.new_zeros(token.numel(), inner)
+    for e, row in enumerate(rows):
+        if row.numel() == 0:
             continue
-        w1_e, w2_e = w13[e].to(dtype), w2[e].to(dtype)
-        if weight_layout == "NK":
-            w1_e, w2_e = w1_e.T, w2_e.T
-        weight = topk_weights[token, j].to(dtype)[:, None]
-        h = x[token] @ w1_e
+        h = x[token[row]] @ _matrix(w13, e, weight_layout, dtype).T
         if apply_router_weight_on_input:
-            h = weight * h
+            h = weight[row] * h
         if w13_bias is not None:
             h = h + w13_bias[e].to(dtype)
-        y = activate(h, activation, gate_up_layout) @ w2_e
+        a[row] = activate(h, activation, gate_up_layout)
+    a = _rows(a, w2)
+    out = torch.zeros_like(x)
+    for e, row in enumerate(rows):
+        if row.numel() == 0:
+            continue
+        y = a[row] @ _matrix(w2, e, weight_layout, dtype).T
         if w2_bias is not None:
             y = y + w2_bias[e].to(dtype)
         if not apply_router_weight_on_input:
-            y = weight * y
-        out.index_add_(0, token, y)
+            y = weight[row] * y
+        out.index_add_(0, token[row], y)
     return out
+
+
+def _matrix(w: Tensor | ExpertMatrix, e: int, weight_layout: WeightLayout, dtype: torch.dtype) -> Tensor:
+    """[out, in] of expert e."""
+    if isinstance(w, ExpertMatrix):
+        return w.dequantize_expert(e, dtype)
+    return w[e].to(dtype) if weight_layout == "NK" else w[e].to(dtype).T
+
+
+def _rows(x: Tensor, w: Tensor | ExpertMatrix, live: Tensor | None = None) -> Tensor:
+    """Rows as ``w`` meets them: codes times scales where its format quantises them."""
+    if not isinstance(w, ExpertMatrix) or w.format.inputs is None:
+        return x
+    codes, scale = quantise_inputs(x, w.format.inputs, w.input_scale, live)
+    return _scaled(codes, scale, w)
+
+
+def _scaled(codes: Tensor, scale: Tensor, w: Tensor | ExpertMatrix) -> Tensor:
+    """Codes [R, K] times scales of one value, [R] or [R, groups]."""
+    scale = scale.reshape(-1, 1) if scale.dim() < 2 else scale
+    inputs = w.format.inputs if isinstance(w, ExpertMatrix) else None
+    return codes * (scale if inputs is None else spread_input_scale(scale, inputs, codes.shape[1]))
 
 
 def _local_ids(ids: Tensor, n_experts: int, expert_map: Tensor | None, n_global: int | None) -> Tensor:
@@ -100,7 +142,7 @@ def _local_ids(ids: Tensor, n_experts: int, expert_map: Tensor | None, n_global:
     return torch.where((local >= 0) & (local < n_experts), local, -1)
 
 
-def _check_options(gate_up_layout: str, weight_layout: str, dtype: torch.dtype) -> None:
+def _check_options(gate_up_layout: str, weight_layout: str, dtype: torch.dtype, *, quantised: bool) -> None:
     for name, value, known in (
         ("gate_up_layout", gate_up_layout, GATE_UP_LAYOUTS),
         ("weight_layout", weight_layout, WEIGHT_LAYOUTS),
@@ -108,6 +150,9 @@ def _check_options(gate_up_layout: str, weight_layout: str, dtype: torch.dtype) 
         if value not in known:
             wanted = " or ".join(map(repr, known))
             raise OptionError(explain(name, got=repr(value), wanted=wanted, do="See the documentation of the layouts."))
+    if quantised and weight_layout == "KN":
+        do = "Build it from transposed views of its tensors."
+        raise OptionError(explain("weight_layout of an ExpertMatrix", got="'KN'", wanted="'NK'", do=do))
     if dtype not in (torch.float64, torch.float32):
         raise DTypeError(
             explain(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fusedmoe.spec.activation import Activation
+from fusedmoe.spec.format import Format
 from fusedmoe.spec.layout import Fp32Precision, GateUpLayout, Matrix
 
 #: Bytes per element of the types a layer can have; float32 first: the slowest and the most exact.
@@ -20,14 +21,18 @@ class Gemm:
         inner: K, the size that is summed over.
         width: rows of weights to an output column: 2 where gate and up make one column, else 1.
         matrix: layout of its expert matrix.
-        itemsize: bytes of an element.
+        dtype: type of the layer.
+        format: of a quantised expert matrix, else None.
+        emulate: multiply codes in a wider type even where the device has theirs.
     """
 
     columns: int
     inner: int
     width: int
     matrix: Matrix
-    itemsize: int
+    dtype: str
+    format: Format | None = None
+    emulate: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +46,10 @@ class Problem:
     intermediate: int
     dtype: str
     activation: Activation
-    scheme: str = "dense"
+    w13_format: Format | None = None
+    w2_format: Format | None = None
+    inputs_dtype: str | None = None  # of hidden states that are codes already
+    emulate: bool = False
     gate_up: GateUpLayout = "concatenated"
     w13: Matrix = Matrix("K", True)
     w2: Matrix = Matrix("K", True)
@@ -70,12 +78,28 @@ class Problem:
     def gate_up_gemm(self) -> Gemm:
         """The first GEMM, whose tiles hold gate and up rows of a gated layer."""
         width = 2 if self.activation.gated else 1
-        return Gemm(columns=self.intermediate, inner=self.hidden, width=width, matrix=self.w13, itemsize=self.itemsize)
+        return Gemm(
+            columns=self.intermediate,
+            inner=self.hidden,
+            width=width,
+            matrix=self.w13,
+            dtype=self.dtype,
+            format=self.w13_format,
+            emulate=self.emulate,
+        )
 
     @property
     def down_gemm(self) -> Gemm:
         """The second GEMM."""
-        return Gemm(columns=self.hidden, inner=self.intermediate, width=1, matrix=self.w2, itemsize=self.itemsize)
+        return Gemm(
+            columns=self.hidden,
+            inner=self.intermediate,
+            width=1,
+            matrix=self.w2,
+            dtype=self.dtype,
+            format=self.w2_format,
+            emulate=self.emulate,
+        )
 
     @property
     def flops(self) -> int:
@@ -89,6 +113,17 @@ class Problem:
         return self.experts * (1.0 - miss**self.tokens)
 
     @property
+    def expert_bytes(self) -> float:
+        """Bytes of one expert's weights, with scales and zero points."""
+        return sum(
+            rows * columns * (self.itemsize if form is None else form.bits_per_weight() / 8)
+            for rows, columns, form in (
+                (self.w13_rows, self.hidden, self.w13_format),
+                (self.hidden, self.intermediate, self.w2_format),
+            )
+        )
+
+    @property
     def weight_bytes(self) -> float:
         """Expected bytes of the distinct experts' weights under uniform routing."""
-        return self.active_experts * self.hidden * (self.w13_rows + self.intermediate) * self.itemsize
+        return self.active_experts * self.expert_bytes

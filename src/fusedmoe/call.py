@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 
+from fusedmoe.expert_matrix import ExpertMatrix
 from fusedmoe.spec.problem import Problem
 
 
@@ -18,13 +19,14 @@ class Call(NamedTuple):
 
     problem: Problem
     hidden_states: torch.Tensor  #        [T, H]
-    w13: torch.Tensor  #                  [E, 2I or I, H]
-    w2: torch.Tensor  #                   [E, H, I]
+    w13: torch.Tensor | ExpertMatrix  #   [E, 2I or I, H]
+    w2: torch.Tensor | ExpertMatrix  #    [E, H, I]
     topk_weights: torch.Tensor  #         [T, top_k]
     topk_ids: torch.Tensor  #             [T, top_k] int32 or int64
     w13_bias: torch.Tensor | None  #      [E, 2I or I]
     w2_bias: torch.Tensor | None  #       [E, H]
     expert_map: torch.Tensor | None  #    [E_global] local id or negative
+    hidden_states_scale: torch.Tensor | None  # [T or 1, groups] float32, when hidden states are codes
     out: torch.Tensor | None  #           [T, H]
     workspace: torch.Tensor | None  #     [bytes] uint8
 

@@ -1,0 +1,128 @@
+"""Quantise rows, when no epilogue could: ``codes[r] = ENCODE(x[r] / scale[r])``.
+
+Grid: one program per row. (1) A row that no live slot needs is neither read nor written; LIVE says which: ``token``
+(row t serves the slots of token t), ``slot`` (row s is slot s) or ``sorted_row``. (2) Scales are per row, also where
+all rows have the same: a NaN in a row of integers has no other place to go. (3) Columns past K are not written.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fusedmoe.kernels import encode
+from fusedmoe.kernels.tiles import local_expert
+
+
+@triton.jit
+def all_rows(ids, schedule, row):
+    return row >= 0
+
+
+@triton.jit
+def token(ids, schedule, row):
+    """Some slot of the token is live."""
+    live = row < 0
+    for j in tl.static_range(ids.top_k):
+        slot = row * ids.top_k + j
+        live = live | (local_expert(ids, slot, slot < ids.slots) >= 0)
+    return live
+
+
+@triton.jit
+def slot(ids, schedule, row):
+    return local_expert(ids, row, row < ids.slots) >= 0
+
+
+@triton.jit
+def sorted_row(ids, schedule, row):
+    return row < tl.load(schedule.offset + ids.n_local)
+
+
+@triton.jit
+def _load(x, row, k, K: tl.constexpr):
+    address = x.ptr + row.to(tl.int64) * x.stride_row + k.to(tl.int64) * x.stride_k
+    return tl.load(address, mask=k < K, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def zero(ptr, WAIT: tl.constexpr, RELEASE: tl.constexpr, N: tl.constexpr):
+    """Grid: one program. Start of a maximum."""
+    WAIT()
+    RELEASE()
+    tl.store(ptr + tl.arange(0, N), 0.0)
+
+
+@triton.jit(do_not_specialize=["ids"])
+def amax(
+    ids, schedule, x, out,
+    WAIT: tl.constexpr, RELEASE: tl.constexpr, LIVE: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """The largest magnitude of all live rows."""
+    WAIT()
+    RELEASE()
+    row = tl.program_id(0)
+    if LIVE(ids, schedule, row):
+        largest = tl.zeros((BLOCK_K,), tl.float32)
+        for k0 in range(0, K, BLOCK_K):
+            largest = tl.maximum(largest, encode.magnitude(_load(x, row, k0 + tl.arange(0, BLOCK_K), K)))
+        bits = tl.max(largest, 0).to(tl.int32, bitcast=True)
+        tl.atomic_max(out.to(tl.pointer_type(tl.int32)), bits, sem="relaxed")
+
+
+@triton.jit(do_not_specialize=["ids"])
+def quantise_rows(
+    ids, schedule, x, codes, stride_row, scale, amax_ptr, static_ptr,
+    WAIT: tl.constexpr, RELEASE: tl.constexpr, LIVE: tl.constexpr, ENCODE: tl.constexpr, LARGEST: tl.constexpr,
+    K: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """A scale per row: of its own, from the maximum over all rows, or given."""
+    WAIT()
+    RELEASE()
+    row = tl.program_id(0)
+    if LIVE(ids, schedule, row):
+        bad = tl.zeros((BLOCK_K,), tl.int32)
+        if static_ptr is not None:
+            s = tl.load(static_ptr)
+        elif amax_ptr is not None:
+            s = encode.scale_of(tl.load(amax_ptr), LARGEST)
+        else:
+            largest = tl.zeros((BLOCK_K,), tl.float32)
+            for k0 in range(0, K, BLOCK_K):
+                largest = tl.maximum(largest, encode.magnitude(_load(x, row, k0 + tl.arange(0, BLOCK_K), K)))
+            s = encode.scale_of(tl.max(largest, 0), LARGEST)
+        for k0 in range(0, K, BLOCK_K):
+            k = k0 + tl.arange(0, BLOCK_K)
+            value = _load(x, row, k, K)
+            bad = bad | (value != value).to(tl.int32)
+            code = ENCODE(value / s, codes.dtype.element_ty)
+            tl.store(codes + row.to(tl.int64) * stride_row + k, code, mask=k < K)
+        if ENCODE == encode.int8:
+            s = tl.where(tl.max(bad, 0) != 0, float("nan"), s)
+        tl.store(scale + row, s)
+
+
+@triton.jit(do_not_specialize=["ids"])
+def quantise_groups(
+    ids, schedule, x, codes, stride_row, scale, stride_scale,
+    WAIT: tl.constexpr, RELEASE: tl.constexpr, LIVE: tl.constexpr, ENCODE: tl.constexpr, LARGEST: tl.constexpr,
+    K: tl.constexpr, GROUP: tl.constexpr, BLOCK_GROUP: tl.constexpr, GROUPS: tl.constexpr,
+):  # fmt: skip
+    """A scale per row and GROUP columns; BLOCK_GROUP is the power of two that holds a group. Grid: (rows, groups)."""
+    WAIT()
+    RELEASE()
+    row = tl.program_id(0)
+    if LIVE(ids, schedule, row):
+        group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
+        within = tl.arange(0, BLOCK_GROUP)
+        k = group[:, None] * GROUP + within[None, :]
+        inside = (within < GROUP)[None, :] & (k < K)
+        address = x.ptr + row.to(tl.int64) * x.stride_row + k.to(tl.int64) * x.stride_k
+        value = tl.load(address, mask=inside, other=0.0).to(tl.float32)
+        s = encode.scale_of(tl.max(encode.magnitude(value), 1), LARGEST)
+        if ENCODE == encode.int8:
+            s = tl.where(encode.broken(value, 1) != 0, float("nan"), s)
+        code = ENCODE(value / s[:, None], codes.dtype.element_ty)
+        tl.store(codes + row.to(tl.int64) * stride_row + k, code, mask=inside)
+        there = group < (K + GROUP - 1) // GROUP
+        tl.store(scale + row.to(tl.int64) * stride_scale + group, s, mask=there)

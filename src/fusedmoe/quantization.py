@@ -1,0 +1,149 @@
+"""Quantise expert matrices."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fusedmoe.errors import DTypeError, ShapeError, explain
+from fusedmoe.expert_matrix import ExpertMatrix
+from fusedmoe.numerics import AMAX_FLOOR, encode, round_to, rows_of_scales
+from fusedmoe.schemes import format_of
+from fusedmoe.spec.format import ELEMENTS, SCALES, Format
+
+__all__ = ["quantize"]
+
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def quantize(
+    weight: Tensor,
+    scheme: str | Format,
+    *,
+    parts: int = 1,
+    block: tuple[int, int] | None = None,
+    group: int | None = None,
+    inputs: str | None = None,
+    zero: bool = False,
+    scale_dtype: str | None = None,
+    input_scale: Tensor | float | None = None,
+) -> ExpertMatrix:
+    """Quantise expert matrices, expert by expert; round to nearest, no calibration.
+
+    Symmetric codes: scale = max |w| of the block / largest code. With zero points: scale = (max - min) / 15 or 255 over
+    a range that includes 0. e8m0: the power of two, of the two that are next to max |w| / largest code, with the smaller
+    squared error. nvfp4: tensor_scale = max |w| of the expert / (448 * 6), scale = e4m3(max |w| / 6 / tensor_scale).
+
+    Args:
+        weight: [E, N, K] float32, float16, bfloat16 or float64.
+        scheme: a name of ``fusedmoe.SCHEMES``, or a Format, which then says what block, group, inputs, zero and
+            scale_dtype say.
+        parts: 2 when gate rows are followed by up rows (w13, concatenated), so that no block straddles them.
+        block, group, inputs, zero: choices of the scheme; see :func:`fusedmoe.schemes.format_of`.
+        scale_dtype: type of the scales; the scheme's first when None.
+        input_scale: the static scale of the rows, with inputs="static".
+
+    Returns:
+        The expert matrix, on the device of weight.
+
+    Raises:
+        OptionError, ShapeError, DTypeError: as :class:`ExpertMatrix`.
+
+    >>> import torch
+    >>> w = quantize(torch.randn(2, 64, 128), "int4_w4a16", group=32, zero=True)
+    >>> w.data.shape, w.zero.shape, bool((w.dequantize() - w.dequantize()).abs().max() == 0)
+    (torch.Size([2, 64, 64]), torch.Size([2, 32, 4]), True)
+    """
+    if not isinstance(weight, Tensor) or weight.dtype not in _FLOATS:
+        got = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
+        raise DTypeError(explain("weight to quantise", got=got, wanted="a floating-point tensor", do="Cast it."))
+    if weight.dim() != 3 or 0 in weight.shape:
+        raise ShapeError(
+            explain("weight to quantise", got=tuple(weight.shape), wanted="[E, N, K]", do="Stack the experts.")
+        )
+    if isinstance(scheme, str):
+        static = "static" if input_scale is not None else None
+        scheme = format_of(scheme, block=block, group=group, inputs=inputs or static, zero=zero, scale=scale_dtype)
+    if scheme.per_byte == 2 and weight.shape[2] % 2:
+        raise ShapeError(
+            explain(
+                f"K of scheme {scheme.scheme!r}", got=weight.shape[2], wanted="even: two codes to a byte", do="Pad K."
+            )
+        )
+    if parts not in (1, 2) or weight.shape[1] % parts:
+        raise ShapeError(explain("parts", got=parts, wanted="1, or 2 for an even N", do="See ExpertMatrix."))
+    pieces = [_quantise(w, scheme, parts) for w in weight]
+    data, scale, zero_points, tensor_scale = (
+        None if pieces[0][i] is None else torch.stack([piece[i] for piece in pieces])  # type: ignore[misc]
+        for i in range(4)
+    )
+    assert data is not None and scale is not None
+    if input_scale is not None:
+        input_scale = torch.as_tensor(input_scale, dtype=torch.float32, device=weight.device).reshape(1)
+    return ExpertMatrix(
+        scheme, data, scale, zero=zero_points, tensor_scale=tensor_scale, input_scale=input_scale, parts=parts
+    )
+
+
+def _quantise(w: Tensor, form: Format, parts: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Codes, scales, zero points and tensor scale of one matrix [N, K]."""
+    w = w.to(torch.float32)
+    n_rows, n_columns = w.shape
+    block_n, block_k = form.block
+    rows = parts * (-(-n_rows // parts // block_n) if block_n else 1)
+    row = rows_of_scales(n_rows, block_n, parts, rows).to(w.device)
+    column = torch.arange(n_columns, device=w.device) // (block_k or n_columns)
+    columns = int(column[-1]) + 1
+
+    def blocks(values: Tensor, reduce: str) -> Tensor:
+        """Reduce [N, K] to [rows, columns]."""
+        start = values.new_zeros(n_rows, columns)
+        start.scatter_reduce_(1, column.expand_as(values), values, reduce, include_self=False)
+        by_row = row[:, None].expand_as(start)
+        return start.new_zeros(rows, columns).scatter_reduce_(0, by_row, start, reduce, include_self=False)
+
+    largest, element = ELEMENTS[form.element].largest, form.element
+    if form.zero:
+        levels = 15 if element == "int4" else 255
+        low, high = blocks(w, "amin").clamp(max=0), blocks(w, "amax").clamp(min=0)
+        scale = _stored((high - low).clamp(min=AMAX_FLOOR) / levels, form)
+        zero = (-low / scale.float()).round().clamp(0, levels)
+        data = encode(w / scale.float()[row][:, column] + zero[row][:, column], element)
+        zero = zero.to(torch.uint8)
+        if form.per_byte == 2:
+            zero = torch.nn.functional.pad(zero, (0, 0, 0, n_rows % 2))
+            zero = zero[0::2] | (zero[1::2] << 4)
+        return data, scale, zero, None
+    amax = blocks(w.abs(), "amax").clamp(min=AMAX_FLOOR)
+    tensor_scale = None
+    if form.scale == "e8m0":
+        # Of the two powers of two next to the ideal scale: the lower saturates a few values, the upper is coarser.
+        low = torch.frexp(amax / largest)[1] - 1
+        errors = []
+        for exponent in (low, low + 1):
+            unit = torch.ldexp(torch.ones_like(amax), exponent)[row][:, column]
+            square = (round_to(w / unit, element) * unit - w) ** 2
+            by_column = square.new_zeros(n_rows, columns).index_add_(1, column, square)
+            errors.append(square.new_zeros(rows, columns).index_add_(0, row, by_column))
+        exponent = torch.where(errors[0] <= errors[1], low, low + 1).clamp(-127, 127)
+        scale = (exponent + 127).to(torch.uint8)
+        divisor = torch.ldexp(torch.ones_like(amax), exponent)
+    elif form.tensor_scale:
+        tensor_scale = amax.max() / (448.0 * largest)
+        scale = _stored((amax / largest / tensor_scale).clamp(min=2.0**-9), form)
+        divisor = scale.float() * tensor_scale
+    else:
+        scale = _stored(amax / largest, form)
+        divisor = scale.float()
+    values = w / divisor[row][:, column]
+    if shift := ELEMENTS[element].zero:
+        values = values.round().clamp(-largest, largest) + shift
+    elif element == "int8":
+        values = values.clamp(-largest, largest)
+    return encode(values, element), scale, None, tensor_scale
+
+
+def _stored(scale: Tensor, form: Format) -> Tensor:
+    """Scales in the type in which they are stored, never 0."""
+    dtype = getattr(torch, SCALES[form.scale])
+    return scale.clamp(min=float(torch.finfo(dtype).tiny)).to(dtype)
