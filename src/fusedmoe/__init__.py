@@ -23,14 +23,17 @@ if TYPE_CHECKING:
         UnsupportedError as UnsupportedError,
         WorkspaceError as WorkspaceError,
     )
+    from fusedmoe.expert_matrix import ExpertMatrix as ExpertMatrix
     from fusedmoe.functional import fused_experts as fused_experts, workspace_bytes as workspace_bytes
     from fusedmoe.nn import FusedExperts as FusedExperts
+    from fusedmoe.quantization import quantize as quantize
     from fusedmoe.routers import (
         TopK as TopK,
         sigmoid_topk as sigmoid_topk,
         softmax_topk as softmax_topk,
         topk_softmax as topk_softmax,
     )
+    from fusedmoe.schemes import SCHEMES as SCHEMES
     from fusedmoe.spec.activation import Activation as Activation
 
 __version__ = "0.1.0.dev0"
@@ -40,17 +43,20 @@ _WHERE = {
     "CheckpointError": "fusedmoe.errors",
     "DTypeError": "fusedmoe.errors",
     "DeviceError": "fusedmoe.errors",
+    "ExpertMatrix": "fusedmoe.expert_matrix",
     "FusedExperts": "fusedmoe.nn",
     "FusedMoEError": "fusedmoe.errors",
     "GradientError": "fusedmoe.errors",
     "LayoutError": "fusedmoe.errors",
     "MissingDependencyError": "fusedmoe.errors",
     "OptionError": "fusedmoe.errors",
+    "SCHEMES": "fusedmoe.schemes",
     "ShapeError": "fusedmoe.errors",
     "TopK": "fusedmoe.routers",
     "UnsupportedError": "fusedmoe.errors",
     "WorkspaceError": "fusedmoe.errors",
     "fused_experts": "fusedmoe.functional",
+    "quantize": "fusedmoe.quantization",
     "reference": "fusedmoe.reference",
     "sigmoid_topk": "fusedmoe.routers",
     "softmax_topk": "fusedmoe.routers",

@@ -38,14 +38,18 @@ def teach_interpreter() -> None:
 
     The interpreter (3.5 to 3.7) keeps bfloat16 as uint16 bit patterns; its ``tl.dot`` multiplies those, and its
     cast from float32 truncates. Here the dot widens them to float32 first, which is exact, and the cast rounds
-    to nearest even. Its cast from float32 to float8_e4m3fn neither saturates nor keeps NaN and subnormals; here it does as
-    ``cvt.rn.satfinite`` does. Retire when the interpreter does all.
+    to nearest even. Its cast from float32 to float8_e4m3fn neither saturates nor keeps NaN and subnormals; here it
+    does as ``cvt.rn.satfinite`` does. Retire when the interpreter does all.
     """
     import numpy as np
     import triton.language as tl
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-    dot, cast, float_cast = InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl, InterpreterBuilder.create_fp_to_fp
+    dot, cast, float_cast = (
+        InterpreterBuilder.create_dot,
+        InterpreterBuilder.cast_impl,
+        InterpreterBuilder.create_fp_to_fp,
+    )
     if getattr(dot, "_fusedmoe", False):
         return
 

@@ -3,7 +3,7 @@
 How: the whole call, from ids to output; weights, hidden states and routing random (each token's experts distinct and
 uniform). On a GPU a CUDA graph is replayed, with 256 MB written between replays so that the L2 cache is cold; the
 figure is the median. Before it is timed a call is verified, with NaN in the output and the workspace beforehand: what
-is wrong is reported as an error and gets no figure.
+is wrong is reported as an error and gets no figure. Weights of a scheme are random codes with random scales.
 """
 
 from __future__ import annotations
@@ -23,13 +23,18 @@ from torch import Tensor
 from fusedmoe import functional
 from fusedmoe.checks import check
 from fusedmoe.errors import OptionError, explain
+from fusedmoe.expert_matrix import ExpertMatrix
+from fusedmoe.numerics import encode
 from fusedmoe.plan.config import KernelConfig, Plan
 from fusedmoe.plan.floor import Ceilings, floor_of
 from fusedmoe.plan.planner import choose
+from fusedmoe.schemes import SCHEMES, format_of, granularity_of
 from fusedmoe.spec.activation import Activation
+from fusedmoe.spec.format import ELEMENTS, Format
 from fusedmoe.spec.layout import WeightLayout
 from fusedmoe.spec.problem import Problem
 from fusedmoe.target import target_of
+from fusedmoe.testing.cases import random_matrix, storage_of
 from fusedmoe.testing.verify import true_float32, verify
 
 #: Bytes written between two replays: more than any L2 cache holds.
@@ -42,6 +47,9 @@ WARM_UP_S = 0.2
 TOKENS: tuple[int, ...] = (1, 8, 32, 128, 512, 2048, 8192, 32768)
 #: What a CPU can do in about as much time.
 TOKENS_CPU: tuple[int, ...] = (1, 8, 32, 128)
+
+#: What stands for no scheme.
+UNQUANTISED = ("none", "bf16")
 
 DTYPES = {
     "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16,
@@ -78,6 +86,7 @@ class Row:
     """One measurement. ``us``, ``tflops`` and ``times_floor`` are None when the result was wrong.
 
     Attributes:
+        scheme, format: of both expert matrices; None when they are of type ``dtype``.
         distinct: distinct experts among the ids: their weights have to be read.
         floor_us: see :mod:`fusedmoe.plan.floor`.
         times_floor: us / floor_us.
@@ -88,6 +97,8 @@ class Row:
     shape: str
     tokens: int
     dtype: str
+    scheme: str | None
+    format: str | None
     backend: str
     us: float | None
     tflops: float | None
@@ -141,8 +152,38 @@ def dtype_of(text: str) -> torch.dtype:
     return DTYPES[text]
 
 
+def format_for(scheme: str, shape: Shape) -> Format | None:
+    """The format of a scheme for a shape: its default, or with the largest group that divides H and I. None: "none".
+
+    Raises:
+        OptionError: no such scheme, or none of its groups divides both.
+    """
+    if scheme in UNQUANTISED:
+        return None
+    form = format_of(scheme)
+    if granularity_of(form.block) == "group":
+        groups = [n for n in SCHEMES[scheme].groups if shape.hidden % n == shape.intermediate % n == 0]
+        if not groups:
+            raise OptionError(
+                explain(
+                    f"scheme {scheme!r} for shape {shape.name}",
+                    got=f"H {shape.hidden}, I {shape.intermediate}",
+                    wanted=f"multiples of {' or '.join(map(str, SCHEMES[scheme].groups))}",
+                    do="Choose another scheme.",
+                )
+            )
+        form = format_of(scheme, group=max(groups))
+    return form
+
+
 def problem_of(
-    shape: Shape, tokens: int, dtype: torch.dtype, *, activation: str = "silu", weight_layout: WeightLayout = "NK"
+    shape: Shape,
+    tokens: int,
+    dtype: torch.dtype,
+    *,
+    activation: str = "silu",
+    weight_layout: WeightLayout = "NK",
+    form: Format | None = None,
 ) -> Problem:
     """The problem that a call of these sizes poses; its tensors exist in name only.
 
@@ -155,10 +196,17 @@ def problem_of(
     def tensor(*sizes: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.empty(sizes, dtype=dtype, device="meta")
 
+    def matrix(n: int, k: int, parts: int = 1) -> Tensor | ExpertMatrix:
+        if form is None:
+            return tensor(*((e, k, n) if weight_layout == "KN" else (e, n, k)))
+        storage = storage_of(form, (e, n, k), parts)
+        tensors: dict[str, Any] = {name: tensor(*sizes, dtype=kind) for name, (sizes, kind) in storage.items()}
+        return ExpertMatrix(form, **tensors, parts=parts)
+
     return check(
         tensor(tokens, h),
-        tensor(*((e, h, rows) if weight_layout == "KN" else (e, rows, h))),
-        tensor(*((e, i, h) if weight_layout == "KN" else (e, h, i))),
+        matrix(rows, h, parts=rows // i),
+        matrix(h, i),
         tensor(tokens, shape.top_k, dtype=torch.float32),
         tensor(tokens, shape.top_k, dtype=torch.int32),
         activation=activation,
@@ -234,23 +282,50 @@ def _time_cuda(call: Callable[[], object], *, graph: bool) -> float:
 
 
 @torch.no_grad()
-def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
-    """Measure what the floor is made of: a large copy, a large matrix product on random data, an empty launch."""
+def measure_ceilings(device: torch.device, types: Iterable[str]) -> Ceilings:
+    """Measure what the floor is made of: a large copy, large matrix products on random data, an empty launch.
+
+    Args:
+        device: where.
+        types: types of operands to multiply, see :class:`fusedmoe.plan.floor.Ceilings`.
+    """
     on_gpu = device.type != "cpu"
     n_bytes, side = (2 << 30, 8192) if on_gpu else (128 << 20, 1024)
     if device.type == "cuda":  # leave room for whatever else is there
         n_bytes = min(n_bytes, torch.cuda.mem_get_info(device)[0] // 8)
     copy_us = _copy_us(n_bytes, device)
-    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-    c = torch.empty_like(a)
-    with true_float32():
-        multiply_us = time_us(lambda: torch.mm(a, b.T, out=c), device)
+    rates = {kind: _tflops(kind, side, device) for kind in sorted(set(types))}
     one = torch.zeros(1, device=device)
     return Ceilings(
         bandwidth_gbps=2 * n_bytes / copy_us / 1e3,
-        tflops=2 * side**3 / multiply_us / 1e6,
+        tflops={kind: rate for kind, rate in rates.items() if rate is not None},
         launch_us=time_us(lambda: one.add_(1), device),
     )
+
+
+def _tflops(kind: str, side: int, device: torch.device) -> float | None:
+    """Rate of a product of side^3; None where PyTorch has none of this type on the device that is made for speed."""
+    if device.type == "cpu" and kind.startswith("e4m3"):
+        return None  # there is one: a loop, seconds for a product that takes int8 milliseconds
+    a, b = (torch.randn(side, side, device=device) for _ in range(2))
+    one = torch.ones(1, device=device)
+    if kind in ELEMENTS:
+        a, b = (encode(matrix * (ELEMENTS[kind].largest / 4), kind) for matrix in (a, b))
+    else:
+        a, b = a.to(getattr(torch, kind)), b.to(getattr(torch, kind))
+
+    def product() -> Tensor:
+        if kind == "int8":
+            return torch._int_mm(a, b.T)
+        if kind in ELEMENTS:
+            return torch._scaled_mm(a, b.T, scale_a=one, scale_b=one, out_dtype=torch.bfloat16)
+        return torch.mm(a, b.T)
+
+    try:
+        with true_float32():
+            return 2 * side**3 / time_us(product, device) / 1e6
+    except (RuntimeError, NotImplementedError, ValueError):
+        return None
 
 
 def _copy_us(n_bytes: int, device: torch.device) -> float:
@@ -285,6 +360,7 @@ def bench(
     device: torch.device,
     ceilings: Ceilings,
     backend: str | None = None,
+    scheme: str = "none",
 ) -> Iterator[Row]:
     """Verify and time the layer of one shape, one row per number of tokens; activation silu.
 
@@ -297,7 +373,14 @@ def bench(
         return torch.empty(sizes, dtype=dtype, device=device).normal_(0.0, fan_in**-0.5, generator=generator)
 
     e, h, i = shape.experts, shape.hidden, shape.intermediate
-    w13, w2 = draw(e, 2 * i, h, fan_in=h), draw(e, h, i, fan_in=i)
+    form = format_for(scheme, shape)
+    w13: Tensor | ExpertMatrix
+    w2: Tensor | ExpertMatrix
+    if form is None:
+        w13, w2 = draw(e, 2 * i, h, fan_in=h), draw(e, h, i, fan_in=i)
+    else:
+        w13 = random_matrix(form, (e, 2 * i, h), generator, parts=2)
+        w2 = random_matrix(form, (e, h, i), generator)
     for n_tokens in tokens:
         scores = torch.rand(n_tokens, e, device=device, generator=generator)
         topk_weights, topk_ids = torch.softmax(scores, 1).topk(shape.top_k, dim=1)
@@ -305,12 +388,11 @@ def bench(
         yield _measure(shape, arguments, ceilings, backend)
 
 
-def _measure(
-    shape: Shape, arguments: tuple[Tensor, Tensor, Tensor, Tensor, Tensor], ceilings: Ceilings, backend: str | None
-) -> Row:
+def _measure(shape: Shape, arguments: tuple[Any, ...], ceilings: Ceilings, backend: str | None) -> Row:
     x, topk_ids = arguments[0], arguments[4]
     problem = check(*arguments).problem
-    plan = choose(problem, target_of(x.device), backend)
+    target = target_of(x.device)
+    plan = choose(problem, target, backend)
     n_bytes = functional.workspace_bytes(*arguments, backend=backend)
     out, workspace = torch.empty_like(x), torch.empty(n_bytes, dtype=torch.uint8, device=x.device)
 
@@ -321,12 +403,14 @@ def _measure(
     workspace.fill_(255)
     verdict = verify(call(), arguments, {})
     distinct = int(topk_ids.unique().numel())
-    floor_us = floor_of(problem, ceilings, distinct=distinct).us
+    floor_us = floor_of(problem, target, ceilings, distinct=distinct).us
     us = time_us(call, x.device, graph=plan.backend != "torch") if verdict.ok else None
     return Row(
         shape=shape.name,
         tokens=problem.tokens,
         dtype=problem.dtype,
+        scheme=None if problem.w13_format is None else problem.w13_format.scheme,
+        format=None if problem.w13_format is None else str(problem.w13_format),
         backend=plan.backend,
         us=us,
         tflops=None if us is None else problem.flops / us / 1e6,
@@ -341,11 +425,12 @@ def _measure(
 
 @dataclass(frozen=True, kw_only=True)
 class Peer:
-    """Figures of another library, to be printed beside ours: (shape, tokens) -> microseconds."""
+    """Figures of another library, to be printed beside ours: (shape, tokens) -> microseconds; scheme as in Row."""
 
     name: str
     device: str
     dtype: str
+    scheme: str | None
     source: str
     us: dict[tuple[str, int], float]
 
@@ -359,13 +444,15 @@ def read_peer(path: str | os.PathLike[str]) -> Peer:
     try:
         data: Any = json.loads(Path(path).read_text(encoding="utf-8"))
         us = {(str(s), int(t)): float(v) for s, row in data["us"].items() for t, v in row.items()}
-        return Peer(**{key: str(data[key]) for key in ("name", "device", "dtype", "source")}, us=us)
+        scheme = None if data["scheme"] is None else format_of(str(data["scheme"])).scheme
+        return Peer(**{key: str(data[key]) for key in ("name", "device", "dtype", "source")}, scheme=scheme, us=us)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as cause:
         raise OptionError(
             explain(
                 f"figures of a peer in {os.fspath(path)}",
                 got=f"{type(cause).__name__}: {cause}",
-                wanted='JSON with "name", "device", "dtype", "source" and "us": {shape: {tokens: microseconds}}',
+                wanted='JSON with "name", "device", "dtype", "scheme" (or null), "source" and '
+                '"us": {shape: {tokens: microseconds}}',
                 do="See the files in benchmarks/peers.",
             )
         ) from cause

@@ -93,12 +93,14 @@ def _matrix(w: Experts) -> Matrix:
     elif stride_n == 1:
         contiguous, row, n_rows = "N", stride_k, k
     else:
-        return Matrix("none", tma=False)
+        return Matrix("none", tma=False, words=False)
     # The tensor map is two-dimensional: experts must start a whole number of rows apart, and not overlap.
     stacked = n_experts == 1 or (row > 0 and stride_e % row == 0 and stride_e // row >= n_rows)
     aligned = row > 0 and row * w.element_size() % 16 == 0 and w.data_ptr() % 16 == 0
     tma = stacked and aligned and n_experts * max(n_rows, stride_e // row) < 2**31
-    return Matrix("K" if contiguous == "K" else "N", tma=tma)
+    lengths = (k, stride_n, stride_e if n_experts > 1 else 0)
+    words = contiguous == "K" and not (w.data_ptr() % 4 or any(x * w.element_size() % 4 for x in lengths))
+    return Matrix("K" if contiguous == "K" else "N", tma=tma, words=words)
 
 
 #: Weight layout -> shapes of w13 and w2 as they are stored, and the advice when they fit the other layout.
@@ -256,7 +258,7 @@ def _check_codes(x: torch.Tensor, scale: object, w13: Experts, dtype: torch.dtyp
         raise OptionError(
             explain(
                 "hidden_states_scale",
-                got=f"a scale, and {'weights that take rows as they are' if isinstance(w13, ExpertMatrix) else 'plain w13'}",
+                got=f"a scale, and {'a w13 that takes rows as they are' if isinstance(w13, ExpertMatrix) else 'a plain w13'}",
                 wanted="a w13 whose scheme quantises its rows",
                 do="Dequantise hidden_states, or leave hidden_states_scale out.",
             )

@@ -108,6 +108,7 @@ class ExpertMatrix:
                 )
             )
         _dtype("scale", self.scale, getattr(torch, SCALES[form.scale]), form)
+        self._device("scale", self.scale)
         n_experts, n_rows, n_columns = self.shape
         block_n, block_k = form.block
         if granularity_of(form.block) == "group" and n_columns % block_k:
@@ -155,7 +156,7 @@ class ExpertMatrix:
             raise OptionError(
                 explain(
                     what,
-                    got="none" if value is None else f"a tensor {tuple(value.shape)}",
+                    got="none" if value is None else "one",
                     wanted=f"{dtype} {shape}" if wanted else "none: it has no place for one",
                     do="Pass it as the checkpoint has it." if wanted else "Leave it out, or choose another scheme.",
                 )
@@ -164,9 +165,17 @@ class ExpertMatrix:
         if tuple(value.shape) != shape:
             raise ShapeError(explain(what, got=tuple(value.shape), wanted=shape, do="See ExpertMatrix."))
         _dtype(name, value, dtype, self.format)
-        if value.device != self.data.device:
+        self._device(name, value)
+
+    def _device(self, name: str, value: Tensor) -> None:
+        if value.device != self.device:
             raise DeviceError(
-                explain(what, got=value.device, wanted=f"{self.data.device}, where data lies", do="Move it there.")
+                explain(
+                    f"{name} of scheme {self.format.scheme!r}",
+                    got=value.device,
+                    wanted=f"{self.device}, where data lies",
+                    do="Move it there.",
+                )
             )
 
     # --- a tensor's manners ---------------------------------------------------------------------------------------
@@ -287,21 +296,24 @@ def _infer(
     if block is None and group is None:
         columns = scale.shape[2] if scale.dim() == 3 else 1
         n_columns = data.shape[2] * ELEMENTS[element].per_byte
-        if "group" in has.granularities and columns and n_columns % columns == 0:
-            size = n_columns // columns
-            if size in has.groups:
-                group = size
+        per_row = scale.dim() > 1 and scale.shape[1] == data.shape[1]
+        if "group" in has.granularities:
+            if columns and n_columns % columns == 0 and n_columns // columns in has.groups:
+                group = n_columns // columns
             elif columns == 1 and "channel" in has.granularities:
                 group = -1
-        elif "channel" in has.granularities and columns == 1:
-            per_row = scale.dim() > 1 and scale.shape[1] == data.shape[1] and data.shape[1] > 1
-            block = (1, 0) if per_row or "tensor" not in has.granularities else (0, 0)
+        elif columns == 1 and "channel" in has.granularities and (per_row or "tensor" not in has.granularities):
+            block = (1, 0)
+        elif columns == 1 and "tensor" in has.granularities:
+            block = (0, 0)
+        elif "block" in has.granularities:
+            block = (128, 128)
     return format_of(
         scheme,
         block=block,
         group=group,
         inputs=inputs or ("static" if input_scale is not None and "static" in has.inputs else None),
         zero=zero is not None and has.zero,
-        element=element if not (element == "int8" and zero is not None) else None,
+        element=None if element == "int8" and zero is not None else element,
         scale=_of(SCALES, scale.dtype, has.scales),
     )

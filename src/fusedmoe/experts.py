@@ -6,8 +6,8 @@ import torch
 
 from fusedmoe import backends
 from fusedmoe.backends.workspace import Workspace
-from fusedmoe.plan.config import Plan
 from fusedmoe.call import Call
+from fusedmoe.plan.config import Plan
 
 
 def run(call: Call, plan: Plan) -> torch.Tensor:

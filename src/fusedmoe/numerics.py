@@ -29,15 +29,16 @@ def power_of_two(exponent: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def round_to(x: Tensor, element: str) -> Tensor:
-    """Values rounded to the nearest of an element's, saturating; in the type of ``x``."""
+    """Values rounded to the nearest of an element's, saturating; in the type of ``x``, float32 or float64."""
     largest = ELEMENTS[element].largest
     if element in ("int8", "uint8", "int4"):
         return torch.nan_to_num(x.round().clamp(-largest - 1, largest), nan=0.0)
     mantissa, smallest = (1, 0) if element == "e2m1" else (3, -6 if element == "e4m3" else -7)
     x = x.clamp(-largest, largest)  # first, for an infinity has no exponent; what is largest is a value of the element
-    exponent = torch.frexp(x)[1].sub(1).clamp(min=smallest)
-    unit = power_of_two(exponent - mantissa, x.dtype)
-    return (x / unit).round().mul(unit)
+    integer, exponent = (torch.int64, 0x7FF << 52) if x.dtype == torch.float64 else (torch.int32, 0xFF << 23)
+    power = (x.view(integer) & exponent).view(x.dtype)  # of two, at or below |x|
+    unit = power.clamp(min=2.0**smallest) * 2.0**-mantissa
+    return (x / unit).round() * unit
 
 
 def encode(x: Tensor, element: str) -> Tensor:
@@ -52,8 +53,8 @@ def encode(x: Tensor, element: str) -> Tensor:
     elif element == "e2m1":
         value = round_to(x, element)
         grid = torch.tensor(E2M1, dtype=x.dtype, device=x.device)
-        sign = torch.where(torch.signbit(value), 8, 0)
-        codes = (torch.bucketize(value.abs(), grid).clamp(max=7) | sign).to(torch.uint8)
+        sign = torch.signbit(value).to(torch.uint8) << 3
+        codes = torch.bucketize(value.abs().contiguous(), grid, out_int32=True).clamp(max=7).to(torch.uint8) | sign
     else:
         return round_to(x, element).to(getattr(torch, kind.dtype))
     return pack(codes) if kind.per_byte == 2 else codes

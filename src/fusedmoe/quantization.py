@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from fusedmoe.errors import DTypeError, ShapeError, explain
+from fusedmoe.errors import DTypeError, OptionError, ShapeError, explain
 from fusedmoe.expert_matrix import ExpertMatrix
-from fusedmoe.numerics import AMAX_FLOOR, encode, round_to, rows_of_scales
+from fusedmoe.numerics import AMAX_FLOOR, encode, pack, power_of_two, round_to
 from fusedmoe.schemes import format_of
 from fusedmoe.spec.format import ELEMENTS, SCALES, Format
 
@@ -30,9 +31,10 @@ def quantize(
 ) -> ExpertMatrix:
     """Quantise expert matrices, expert by expert; round to nearest, no calibration.
 
-    Symmetric codes: scale = max |w| of the block / largest code. With zero points: scale = (max - min) / 15 or 255 over
-    a range that includes 0. e8m0: the power of two, of the two that are next to max |w| / largest code, with the smaller
-    squared error. nvfp4: tensor_scale = max |w| of the expert / (448 * 6), scale = e4m3(max |w| / 6 / tensor_scale).
+    Symmetric codes: scale = max |w| of the block / largest code. With zero points: scale = (max - min) / 15 or 255
+    over a range that includes 0. e8m0: the power of two, of the two that are next to max |w| / largest code, with the
+    smaller squared error. nvfp4: tensor_scale = max |w| of the expert / (448 * 6), scale = e4m3(max |w| / 6 /
+    tensor_scale).
 
     Args:
         weight: [E, N, K] float32, float16, bfloat16 or float64.
@@ -47,7 +49,8 @@ def quantize(
         The expert matrix, on the device of weight.
 
     Raises:
-        OptionError, ShapeError, DTypeError: as :class:`ExpertMatrix`.
+        OptionError: the scheme does not allow a choice, or a weight is not finite.
+        ShapeError, DTypeError: as :class:`ExpertMatrix`.
 
     >>> import torch
     >>> w = quantize(torch.randn(2, 64, 128), "int4_w4a16", group=32, zero=True)
@@ -88,62 +91,57 @@ def quantize(
 def _quantise(w: Tensor, form: Format, parts: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Codes, scales, zero points and tensor scale of one matrix [N, K]."""
     w = w.to(torch.float32)
+    if not bool(w.isfinite().all()):
+        got = "values that are NaN, infinite, or beyond float32"
+        raise OptionError(explain("weight to quantise", got=got, wanted="finite numbers", do="Check the checkpoint."))
     n_rows, n_columns = w.shape
-    block_n, block_k = form.block
-    rows = parts * (-(-n_rows // parts // block_n) if block_n else 1)
-    row = rows_of_scales(n_rows, block_n, parts, rows).to(w.device)
-    column = torch.arange(n_columns, device=w.device) // (block_k or n_columns)
-    columns = int(column[-1]) + 1
-
-    def blocks(values: Tensor, reduce: str) -> Tensor:
-        """Reduce [N, K] to [rows, columns]."""
-        start = values.new_zeros(n_rows, columns)
-        start.scatter_reduce_(1, column.expand_as(values), values, reduce, include_self=False)
-        by_row = row[:, None].expand_as(start)
-        return start.new_zeros(rows, columns).scatter_reduce_(0, by_row, start, reduce, include_self=False)
-
+    block_n, block_k = form.block[0] or n_rows // parts, form.block[1] or n_columns
+    w = w.reshape(parts, n_rows // parts, n_columns)
+    w = functional.pad(w, (0, -n_columns % block_k, 0, -w.shape[1] % block_n))  # zeros change no largest magnitude
+    padded = w.shape
+    w = w.reshape(-1, block_n, padded[2] // block_k, block_k)  # scales are [rows, 1, columns, 1]
     largest, element = ELEMENTS[form.element].largest, form.element
+    zero = tensor_scale = None
     if form.zero:
         levels = 15 if element == "int4" else 255
-        low, high = blocks(w, "amin").clamp(max=0), blocks(w, "amax").clamp(min=0)
+        low, high = w.amin((1, 3), keepdim=True).clamp(max=0), w.amax((1, 3), keepdim=True).clamp(min=0)
         scale = _stored((high - low).clamp(min=AMAX_FLOOR) / levels, form)
         zero = (-low / scale.float()).round().clamp(0, levels)
-        data = encode(w / scale.float()[row][:, column] + zero[row][:, column], element)
-        zero = zero.to(torch.uint8)
+        values = w / scale.float() + zero
+        zero = zero.to(torch.uint8)[:, 0, :, 0]
         if form.per_byte == 2:
-            zero = torch.nn.functional.pad(zero, (0, 0, 0, n_rows % 2))
-            zero = zero[0::2] | (zero[1::2] << 4)
-        return data, scale, zero, None
-    amax = blocks(w.abs(), "amax").clamp(min=AMAX_FLOOR)
-    tensor_scale = None
-    if form.scale == "e8m0":
-        # Of the two powers of two next to the ideal scale: the lower saturates a few values, the upper is coarser.
-        low = torch.frexp(amax / largest)[1] - 1
-        errors = []
-        for exponent in (low, low + 1):
-            unit = torch.ldexp(torch.ones_like(amax), exponent)[row][:, column]
-            square = (round_to(w / unit, element) * unit - w) ** 2
-            by_column = square.new_zeros(n_rows, columns).index_add_(1, column, square)
-            errors.append(square.new_zeros(rows, columns).index_add_(0, row, by_column))
-        exponent = torch.where(errors[0] <= errors[1], low, low + 1).clamp(-127, 127)
-        scale = (exponent + 127).to(torch.uint8)
-        divisor = torch.ldexp(torch.ones_like(amax), exponent)
-    elif form.tensor_scale:
-        tensor_scale = amax.max() / (448.0 * largest)
-        scale = _stored((amax / largest / tensor_scale).clamp(min=2.0**-9), form)
-        divisor = scale.float() * tensor_scale
+            zero = pack(zero.T).T
     else:
-        scale = _stored(amax / largest, form)
-        divisor = scale.float()
-    values = w / divisor[row][:, column]
-    if shift := ELEMENTS[element].zero:
-        values = values.round().clamp(-largest, largest) + shift
-    elif element == "int8":
-        values = values.clamp(-largest, largest)
-    return encode(values, element), scale, None, tensor_scale
+        amax = w.abs().amax((1, 3), keepdim=True).clamp(min=AMAX_FLOOR)
+        if form.scale == "e8m0":
+            exponent = _exponent(w, amax, element)
+            scale, divisor = (exponent + 127).to(torch.uint8), power_of_two(exponent, torch.float32)
+        elif form.tensor_scale:
+            tensor_scale = amax.max() / (448.0 * largest)
+            scale = _stored(amax / largest / tensor_scale, form)
+            divisor = scale.float() * tensor_scale
+        else:
+            scale = _stored(amax / largest, form)
+            divisor = scale.float()
+        values = w / divisor
+        if element in ("int8", "uint8", "int4"):  # symmetric: -128 and -8 stay unused
+            values = values.round().clamp(-largest, largest) + ELEMENTS[element].zero
+    values = values.reshape(padded)[:, : n_rows // parts, :n_columns].reshape(n_rows, n_columns)
+    return encode(values, element), scale[:, 0, :, 0], zero, tensor_scale
+
+
+def _exponent(w: Tensor, amax: Tensor, element: str) -> Tensor:
+    """Of the two powers of two next to the ideal scale: the lower saturates a few values, the upper is coarser."""
+    low = torch.frexp(amax / ELEMENTS[element].largest)[1] - 1
+    errors = []
+    for exponent in (low, low + 1):
+        unit = power_of_two(exponent, w.dtype)
+        errors.append((round_to(w / unit, element) * unit - w).square().sum((1, 3), keepdim=True))
+    return torch.where(errors[0] <= errors[1], low, low + 1).clamp(-127, 127)
 
 
 def _stored(scale: Tensor, form: Format) -> Tensor:
-    """Scales in the type in which they are stored, never 0."""
+    """Scales in the type in which they are stored, never 0 and never infinite."""
     dtype = getattr(torch, SCALES[form.scale])
-    return scale.clamp(min=float(torch.finfo(dtype).tiny)).to(dtype)
+    limits = torch.finfo(dtype)
+    return scale.clamp(limits.smallest_normal * limits.eps, limits.max).to(dtype)

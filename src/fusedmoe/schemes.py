@@ -7,6 +7,9 @@ scheme that is added here is tested, quantised, planned and run without a change
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -183,23 +186,24 @@ def format_of(
         block = (1, 0 if group == -1 else group)
     if block is None:
         default = "block" if inputs == "group" and "block" in has.granularities else has.granularities[0]
-        block = {"tensor": (0, 0), "channel": (1, 0), "block": (128, 128), "group": (1, (has.groups or (0,))[0])}[
-            default
-        ]
+        first = has.groups[0] if has.groups else 0
+        block = {"tensor": (0, 0), "channel": (1, 0), "block": (128, 128), "group": (1, first)}[default]
     fits = len(block) == 2 and all(isinstance(side, int) and side >= 0 for side in block)
+    block = (block[0], block[1]) if fits else block  # a list, from a configuration file, has no hash
     kind = granularity_of(block) if fits else None
     if kind not in has.granularities or kind == "block" and min(block) < 2:
         raise refuse("block", block, " or ".join(has.granularities))
     if kind == "group" and block[1] not in has.groups:
         raise refuse("group", block[1], " or ".join(map(str, has.groups)))
-    element = element or (has.elements[0] if not (zero and "uint8" in has.elements) else "uint8")
-    if element not in has.elements or element == "int8" and zero:
-        raise refuse("element", element, " or ".join(has.elements))
+    if zero and not has.zero:
+        raise refuse("zero points", "some", "none")
+    elements = tuple(e for e in has.elements if not (zero and e == "int8"))  # codes less a zero point are unsigned
+    element = element or elements[0]
+    if element not in elements:
+        raise refuse("element", element, " or ".join(elements))
     scale = scale or has.scales[0]
     if scale not in has.scales:
         raise refuse("type of scales", scale, " or ".join(has.scales))
-    if zero and not has.zero:
-        raise refuse("zero points", "some", "none")
     mode = inputs or (has.inputs[0] if kind != "block" or "group" not in has.inputs else "group")
     if mode not in has.inputs or (mode == "group") != (kind == "block" and has.inputs != (None,)):
         allowed = [m or "none" for m in has.inputs if (m == "group") == (kind == "block") or m is None]
@@ -217,3 +221,24 @@ def format_of(
         tensor_scale=has.tensor_scale,
         inputs=quantised,
     )
+
+
+def formats_of(scheme: str, block: tuple[int, int] = (128, 128)) -> Iterator[Format]:
+    """Every format that a scheme allows, with this block where it has blocks: what has to be tested.
+
+    >>> [str(form) for form in formats_of("mxfp4_fp8")][:2]
+    ['mxfp4_fp8 1x32 e8m0 e4m3/token', 'mxfp4_fp8 1x32 e8m0 e4m3/static']
+    """
+    has = SCHEMES[scheme]
+    sides: dict[Granularity, list[tuple[int, int]]] = {"tensor": [(0, 0)], "channel": [(1, 0)], "block": [block]}
+    sides["group"] = [(1, size) for size in has.groups]
+    choices = itertools.product(
+        has.elements,
+        itertools.chain.from_iterable(sides[kind] for kind in has.granularities),
+        has.scales,
+        (False, True),
+        has.inputs,
+    )
+    for element, shares, scale, zero, inputs in choices:
+        with contextlib.suppress(OptionError):  # not every choice goes with every other
+            yield format_of(scheme, block=shares, inputs=inputs, zero=zero, element=element, scale=scale)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from fusedmoe.functional import fused_experts, workspace_bytes
+from fusedmoe.schemes import SCHEMES, format_of
 from fusedmoe.spec.activation import REQUIRED, TABLE, Activation
 from fusedmoe.target import target_of
+from fusedmoe.testing.cases import Case
 from fusedmoe.testing.verify import verify
 
 
@@ -34,70 +36,19 @@ class Result:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Layer:
-    """A random layer on a device, to be varied with :func:`dataclasses.replace`.
-
-    Attributes:
-        ids: makes topk_ids [T, top_k] out of distinct random ids below the number of global experts.
-        expert_map: local id of each global expert; its length is the number of global experts.
-    """
+class _Machine:
+    """What is tested."""
 
     device: torch.device
-    dtype: torch.dtype
-    backend: str | None = None
-    tokens: int = 33
-    experts: int = 8
-    top_k: int = 3
-    hidden: int = 128
-    intermediate: int = 96
-    activation: Activation = Activation("silu")
-    bias: bool = False
-    interleaved: bool = False
-    stored_kn: bool = False
-    on_input: bool = False
-    ids: Callable[[Tensor], Tensor] = field(default=lambda ids: ids)
-    expert_map: tuple[int, ...] | None = None
-
-    def draw(self, *, seed: int = 0) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor, Tensor], dict[str, Any]]:
-        """Arguments and options of :func:`fusedmoe.fused_experts`; the output is of order one."""
-        generator = torch.Generator().manual_seed(seed)
-
-        def normal(*sizes: int, fan_in: int = 1) -> Tensor:
-            return torch.randn(*sizes, generator=generator).mul(fan_in**-0.5).to(self.device, self.dtype)
-
-        def matrix(n: int, k: int) -> Tensor:
-            return normal(*((self.experts, k, n) if self.stored_kn else (self.experts, n, k)), fan_in=k)
-
-        rows = self.intermediate * (2 if self.activation.gated else 1)
-        n_global = self.experts if self.expert_map is None else len(self.expert_map)
-        distinct = torch.rand(self.tokens, n_global, generator=generator).argsort(1)[:, : self.top_k]
-        weights = torch.rand(self.tokens, self.top_k, generator=generator) + 0.2
-        arguments = (
-            normal(self.tokens, self.hidden),
-            matrix(rows, self.hidden),
-            matrix(self.hidden, self.intermediate),
-            weights.to(self.device),
-            self.ids(distinct).to(self.device),
-        )
-        options: dict[str, Any] = {
-            "activation": self.activation,
-            "gate_up_layout": "interleaved" if self.interleaved else "concatenated",
-            "weight_layout": "KN" if self.stored_kn else "NK",
-            "apply_router_weight_on_input": self.on_input,
-        }
-        if self.bias:
-            options |= {"w13_bias": normal(self.experts, rows), "w2_bias": normal(self.experts, self.hidden)}
-        if self.expert_map is not None:
-            options["expert_map"] = torch.tensor(self.expert_map, dtype=torch.int32, device=self.device)
-        return arguments, options
+    backend: str | None
 
 
 def selftest(device: torch.device, backend: str | None = None) -> Iterator[Result]:
     """Test every capability on a device, one result at a time; never raises for a capability that fails."""
     target = target_of(device)
     old = target.vendor == "nvidia" and target.capability < 80
-    layer = Layer(device=device, dtype=torch.float16 if old else torch.bfloat16, backend=backend)
-    for name, test in _tests(layer):
+    case = Case.of((33, 3, 8, 128, 96), dtype="float16" if old else "bfloat16")
+    for name, test in _tests(_Machine(device=device, backend=backend), case):
         try:
             with torch.no_grad():
                 yield test(name)
@@ -106,64 +57,67 @@ def selftest(device: torch.device, backend: str | None = None) -> Iterator[Resul
             yield Result(name=name, ok=False, error=None, tolerance=None, detail=f"{type(error).__name__}: {lines[0]}")
 
 
-def _tests(layer: Layer) -> Iterator[tuple[str, Callable[[str], Result]]]:
-    few, many = (replace(layer, tokens=n_tokens) for n_tokens in (3, 300))
-    for name, variant in _variants(layer):
-        yield name, partial(_compare, variant)
-    yield "no tokens", partial(_no_tokens, layer)
-    yield "same bits again, few tokens", partial(_same_bits, few)
-    yield "same bits again, many tokens", partial(_same_bits, many)
-    yield "torch.compile", partial(_compiled, layer)
-    if layer.device.type == "cuda" and layer.backend != "torch":
-        yield "CUDA graph, few tokens", partial(_graph, few)
-        yield "CUDA graph, many tokens", partial(_graph, many)
+def _tests(machine: _Machine, case: Case) -> Iterator[tuple[str, Callable[[str], Result]]]:
+    few, many = (replace(case, tokens=n_tokens) for n_tokens in (3, 300))
+    for name, variant in (*_variants(case), *_quantised(case)):
+        yield name, partial(_compare, machine, variant)
+    yield "no tokens", partial(_no_tokens, machine, case)
+    yield "same bits again, few tokens", partial(_same_bits, machine, few)
+    yield "same bits again, many tokens", partial(_same_bits, machine, many)
+    yield "torch.compile", partial(_compiled, machine, case)
+    if machine.device.type == "cuda" and machine.backend != "torch":
+        yield "CUDA graph, few tokens", partial(_graph, machine, few)
+        yield "CUDA graph, many tokens", partial(_graph, machine, many)
 
 
-def _variants(layer: Layer) -> Iterator[tuple[str, Layer]]:
-    for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        yield str(dtype).removeprefix("torch."), replace(layer, dtype=dtype)
+def _variants(case: Case) -> Iterator[tuple[str, Case]]:
+    for dtype in ("float32", "float16", "bfloat16"):
+        yield dtype, replace(case, dtype=dtype)
     for name, (_, parameters) in TABLE.items():
         chosen = {parameter: 1.0 for parameter, default in parameters.items() if default is REQUIRED}
         if parameters.get("limit") is not None:
             chosen["limit"] = 0.5  # values are of order one: the default limit would clamp none
-        yield f"activation {name}", replace(layer, activation=Activation(name, **chosen))
-    yield "activation silu with a limit", replace(layer, activation=Activation("silu", limit=0.5))
-    yield "gate and up interleaved", replace(layer, interleaved=True)
-    yield "experts stored [E, K, N]", replace(layer, stored_kn=True)
-    yield "biases", replace(layer, bias=True)
-    yield "router weight on the input", replace(layer, on_input=True, bias=True)
-    yield "expert map", replace(layer, expert_map=(-1, 3, 0, -1, 7, 2, 5, -1, 1, 4, 6, 99))
-    yield "ids int32", replace(layer, ids=lambda ids: ids.int())
-    yield "ids outside the experts", replace(layer, ids=_some_invalid)
-    yield "an expert twice in a token", replace(layer, ids=lambda ids: ids[:, :1].expand_as(ids))
-    yield "one expert takes all", replace(layer, ids=lambda ids: torch.full_like(ids, 5))
-    yield "no expert takes any", replace(layer, ids=lambda ids: torch.full_like(ids, -1))
-    yield "one token", replace(layer, tokens=1)
-    yield "few tokens", replace(layer, tokens=3)
-    yield "many tokens", replace(layer, tokens=300)
-    yield "many experts", replace(layer, experts=256, top_k=8, hidden=64, intermediate=32)
-    yield "sizes that fit no tile", replace(layer, tokens=37, hidden=97, intermediate=51)
+        yield f"activation {name}", replace(case, activation=Activation(name, **chosen))
+    yield "activation silu with a limit", replace(case, activation=Activation("silu", limit=0.5))
+    yield "gate and up interleaved", replace(case, gate_up_layout="interleaved")
+    yield "experts stored [E, K, N]", replace(case, weight_layout="KN")
+    yield "biases", replace(case, bias=True)
+    yield "router weight on the input", replace(case, on_input=True, bias=True)
+    yield "expert map", replace(case, mapped=True)
+    yield "ids int32", replace(case, id_dtype="int32")
+    yield "ids outside the experts", replace(case, ids="invalid")
+    yield "an expert twice in a token", replace(case, ids="any", experts=2)
+    yield "one expert takes all", replace(case, ids="one")
+    yield "no expert takes any", replace(case, ids="absent")
+    yield "one token", replace(case, tokens=1)
+    yield "few tokens", replace(case, tokens=3)
+    yield "many tokens", replace(case, tokens=300)
+    yield "many experts", replace(case, experts=256, top_k=8, hidden=64, intermediate=32)
+    yield "sizes that fit no tile", replace(case, tokens=37, hidden=97, intermediate=51)
 
 
-def _some_invalid(ids: Tensor) -> Tensor:
-    invalid = torch.tensor([-1, 8, 2**31 - 1, -(2**63)])
-    ids = ids.clone()
-    ids[::3, 0] = invalid[torch.arange(len(ids[::3])) % len(invalid)]
-    ids[-1] = -1
-    return ids
+def _quantised(case: Case) -> Iterator[tuple[str, Case]]:
+    for scheme in SCHEMES:
+        form = format_of(scheme)
+        yield f"scheme {scheme}", replace(case, formats=(form, form)).fitted()
+    form = next(form for form in map(format_of, SCHEMES) if form.inputs is not None)
+    quantised = replace(case, formats=(form, form)).fitted()
+    yield "hidden states as codes", replace(quantised, codes=True)
+    yield "emulated products of codes", replace(quantised, emulate=True)
 
 
-def _run(layer: Layer, arguments: tuple[Tensor, ...], options: dict[str, Any]) -> Tensor:
+def _run(machine: _Machine, arguments: tuple[Any, ...], options: dict[str, Any]) -> Tensor:
     """The call, with NaN in the output and the workspace beforehand."""
-    n_bytes = workspace_bytes(*arguments, backend=layer.backend, **options)
-    workspace = torch.full((n_bytes,), 255, dtype=torch.uint8, device=layer.device)
-    out = torch.full_like(arguments[0], float("nan"))
-    return fused_experts(*arguments, backend=layer.backend, out=out, workspace=workspace, **options)
+    n_bytes = workspace_bytes(*arguments, backend=machine.backend, **options)
+    workspace = torch.full((n_bytes,), 255, dtype=torch.uint8, device=machine.device)
+    x = arguments[0]
+    out = torch.full(x.shape, float("nan"), dtype=options.get("dtype", x.dtype), device=machine.device)
+    return fused_experts(*arguments, backend=machine.backend, out=out, workspace=workspace, **options)
 
 
-def _compare(layer: Layer, name: str) -> Result:
-    arguments, options = layer.draw()
-    verdict = verify(_run(layer, arguments, options), arguments, options)
+def _compare(machine: _Machine, case: Case, name: str) -> Result:
+    arguments, options = case.draw(machine.device)
+    verdict = verify(_run(machine, arguments, options), arguments, options)
     detail = "" if verdict.ok else f"relative error {verdict.error:.1e} exceeds {verdict.tolerance:.1e}"
     return Result(name=name, ok=verdict.ok, error=verdict.error, tolerance=verdict.tolerance, detail=detail)
 
@@ -174,39 +128,39 @@ def _equal(name: str, got: Tensor, want: Tensor, unlike: str) -> Result:
     return Result(name=name, ok=same, error=error, tolerance=0.0, detail="" if same else unlike)
 
 
-def _no_tokens(layer: Layer, name: str) -> Result:
-    arguments, options = replace(layer, tokens=0).draw()
-    out = _run(layer, arguments, options)
+def _no_tokens(machine: _Machine, case: Case, name: str) -> Result:
+    arguments, options = replace(case, tokens=0).draw(machine.device)
+    out = _run(machine, arguments, options)
     return _equal(name, out, arguments[0], "the output of no tokens has another shape")
 
 
-def _same_bits(layer: Layer, name: str) -> Result:
-    arguments, options = layer.draw()
-    first, second = (_run(layer, arguments, options) for _ in range(2))
+def _same_bits(machine: _Machine, case: Case, name: str) -> Result:
+    arguments, options = case.draw(machine.device)
+    first, second = (_run(machine, arguments, options) for _ in range(2))
     return _equal(name, second, first, "a second run of the same call gives other bits")
 
 
-def _compiled(layer: Layer, name: str) -> Result:
+def _compiled(machine: _Machine, case: Case, name: str) -> Result:
     """Through the operator and its fake kernel; no compiler of the machine's is needed for that."""
-    arguments, options = layer.draw()
+    arguments, options = case.draw(machine.device)
 
     def forward(*tensors: Tensor) -> Tensor:
-        return fused_experts(*tensors, backend=layer.backend, **options) * 2.0
+        return fused_experts(*tensors, backend=machine.backend, **options) * 2.0
 
     compiled = torch.compile(forward, backend="aot_eager", fullgraph=True, dynamic=False)
     return _equal(name, compiled(*arguments), forward(*arguments), "the compiled call gives another result")
 
 
-def _graph(layer: Layer, name: str) -> Result:
+def _graph(machine: _Machine, case: Case, name: str) -> Result:
     """Captured with one routing, replayed with other ids, tokens and weights, some ids invalid."""
-    arguments, options = layer.draw()
-    others, _ = replace(layer, ids=_some_invalid).draw(seed=1)
-    with torch.cuda.device(layer.device):
-        _run(layer, arguments, options)  # compiles
+    arguments, options = case.draw(machine.device)
+    others, _ = replace(case, ids="invalid").draw(machine.device, seed=1)
+    with torch.cuda.device(machine.device):
+        _run(machine, arguments, options)  # compiles
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            out = fused_experts(*arguments, backend=layer.backend, **options)
+            out = fused_experts(*arguments, backend=machine.backend, **options)
         for index in (0, 3, 4):
             arguments[index].copy_(others[index])
         out.fill_(float("nan"))

@@ -81,9 +81,7 @@ def _matrix(
     if scale is None:
         return data
     form = format_of_words(words)
-    return ExpertMatrix(
-        form, data, scale, zero=zero, tensor_scale=tensor_scale, input_scale=input_scale, parts=parts
-    )
+    return ExpertMatrix(form, data, scale, zero=zero, tensor_scale=tensor_scale, input_scale=input_scale, parts=parts)
 
 
 def _fused_experts(hidden_states: Tensor, *arguments: object) -> Tensor:

@@ -9,9 +9,8 @@ import torch
 
 import fusedmoe
 from fusedmoe import reference
-from fusedmoe.testing.verify import TOLERANCE
-from fusedmoe.testing.cases import OPTIONS, Case, pairwise, run_poisoned
-from fusedmoe.testing.verify import relative_error
+from fusedmoe.testing.cases import OPTIONS, Case, pairwise, quantised_cases, run_poisoned
+from fusedmoe.testing.verify import TOLERANCE, relative_error
 
 pytestmark = [
     pytest.mark.gpu,
@@ -43,6 +42,27 @@ def test_option_grid(row):
     case = Case.of(**GRID[row])
     _, error = run_poisoned(case, "cuda", seed=row)
     assert error < TOLERANCE[case.dtype], case
+
+
+QUANTISED_SHAPES = [
+    (1, 8, 128, 2048, 768),
+    (7, 3, 5, 33, 80),
+    (64, 2, 8, 2880, 352),
+    (3, 8, 1000, 64, 96),
+    (300, 8, 128, 256, 192),
+    (129, 2, 3, 96, 2880),
+    (513, 4, 16, 1025, 320),
+    (2048, 8, 64, 512, 768),
+    (4096, 2, 8, 1024, 1536),
+]
+QUANTISED = quantised_cases(QUANTISED_SHAPES, seed=1)
+
+
+@pytest.mark.parametrize("index", range(len(QUANTISED)))
+def test_scheme_grid(index):
+    case = QUANTISED[index]
+    _, error = run_poisoned(case, "cuda", seed=index)
+    assert error < case.tolerance, case
 
 
 def test_graph_replays_with_other_routing():

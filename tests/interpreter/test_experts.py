@@ -11,12 +11,11 @@ from fusedmoe import experts, reference
 from fusedmoe.checks import check
 from fusedmoe.plan.config import KernelConfig, Plan
 from fusedmoe.plan.planner import choose
-from fusedmoe.testing.verify import TOLERANCE
 from fusedmoe.settings import settings
 from fusedmoe.spec.activation import Activation
 from fusedmoe.target import target_of
-from fusedmoe.testing.cases import ACTIVATIONS, OPTIONS, Case, pairwise, run_poisoned
-from fusedmoe.testing.verify import relative_error
+from fusedmoe.testing.cases import ACTIVATIONS, OPTIONS, Case, pairwise, quantised_cases, run_poisoned
+from fusedmoe.testing.verify import TOLERANCE, relative_error
 
 if not settings().interpret:
     pytest.skip("needs TRITON_INTERPRET=1", allow_module_level=True)
@@ -43,6 +42,16 @@ def test_option_grid(row):
     case = Case.of(**GRID[row])
     _, error = run_poisoned(case, seed=row)
     assert error < TOLERANCE[case.dtype], case
+
+
+QUANTISED = quantised_cases([(1, 1, 1, 16, 16), (2, 2, 5, 33, 80), (20, 2, 4, 48, 33), (40, 2, 3, 48, 40)])
+
+
+@pytest.mark.parametrize("index", range(len(QUANTISED)))
+def test_scheme_grid(index):
+    case = QUANTISED[index]
+    _, error = run_poisoned(case, seed=index)
+    assert error < case.tolerance, case
 
 
 @pytest.mark.parametrize("ids", ["uniform", "invalid", "one"])

@@ -12,11 +12,17 @@ from torch.nn import functional
 from fusedmoe import reference
 from fusedmoe.backends import torch as backend
 from fusedmoe.backends.workspace import Workspace
-from fusedmoe.errors import UnsupportedError
-from fusedmoe.plan.config import Plan
-from fusedmoe.spec.activation import Activation
 from fusedmoe.call import Call
+from fusedmoe.checks import check as checked
+from fusedmoe.errors import UnsupportedError
+from fusedmoe.expert_matrix import ExpertMatrix
+from fusedmoe.plan.config import Plan
+from fusedmoe.quantization import quantize
+from fusedmoe.schemes import SCHEMES, format_of, formats_of
+from fusedmoe.spec.activation import Activation
 from fusedmoe.spec.problem import Problem
+from fusedmoe.testing.cases import ACTIVATIONS
+from fusedmoe.testing.verify import tolerance
 
 PLAN = Plan(backend="torch")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -56,6 +62,7 @@ def make(
         w13_bias=draw(experts, rows) if bias else None,
         w2_bias=draw(experts, hidden) if bias else None,
         expert_map=None if expert_map is None else torch.tensor(expert_map, dtype=torch.int32),
+        hidden_states_scale=None,
         out=None,
         workspace=None,
     )
@@ -63,7 +70,7 @@ def make(
 
 def run(call: Call) -> torch.Tensor:
     problem = call.problem
-    out = torch.full_like(call.hidden_states, math.nan)
+    out = torch.full(call.hidden_states.shape, math.nan, dtype=getattr(torch, problem.dtype))
     work = Workspace(backend.workspace_layout(problem, PLAN), out.device)
     schedule = backend.route(call, PLAN, work)
     hidden = backend.gate_up(call, PLAN, schedule, work)
@@ -76,7 +83,8 @@ def exact(call: Call) -> torch.Tensor:
     p = call.problem
     return reference.fused_experts(
         call.hidden_states, call.w13, call.w2, call.topk_weights, call.topk_ids,
-        activation=p.activation, gate_up_layout=p.gate_up, w13_bias=call.w13_bias, w2_bias=call.w2_bias,
+        hidden_states_scale=call.hidden_states_scale, activation=p.activation, gate_up_layout=p.gate_up,
+        w13_bias=call.w13_bias, w2_bias=call.w2_bias,
         apply_router_weight_on_input=p.weight_on_input, expert_map=call.expert_map,
     )  # fmt: skip
 
@@ -319,3 +327,249 @@ def test_the_bound_rejects_faults(dtype, fault):
     assert 0.1 < float(exact(call).square().mean().sqrt()) < 10, "outputs are of order one"
     assert good(run(call), call)
     assert not good(fault(call).to(dtype), call)
+
+
+# --- quantised ----------------------------------------------------------------------------------------------------
+
+#: Blocks that divide neither the rows nor the columns.
+FORMATS = [form for scheme in SCHEMES for form in formats_of(scheme, block=(24, 48))]
+#: One format for each way to quantise rows.
+MODES = list({(f.inputs.element, f.inputs.mode): f for f in reversed(FORMATS) if f.inputs}.values())
+IDS = torch.tensor([[0, 1], [2, 0], [1, -1], [9, 4], [2, 2], [0, 3], [-7, 5], [1, 0], [2, 1]])
+
+
+def quantised(
+    form13, form2, dtype=torch.float32, *, turn=0, activation=None, ids=IDS, seed=0, spread=1.0, hidden=128, inner=128,
+    **options,
+) -> Call:  # fmt: skip
+    """A checked call of 3 experts with options that change from turn to turn; None leaves a matrix as it is.
+
+    ``spread``: ratio of the weights of one expert to those of the next.
+    """
+    p = activation or ACTIVATIONS[turn % len(ACTIVATIONS)]
+    gate_up = "interleaved" if turn & 1 else "concatenated"
+    g = torch.Generator().manual_seed(seed + turn)
+    factor = spread ** torch.arange(3.0)[:, None, None]
+
+    def matrix(form, n, k, static, parts=1):
+        w = torch.randn(3, n, k, generator=g) / math.sqrt(k) * factor
+        if form is None:
+            return w.to(dtype)
+        has_static = form.inputs is not None and form.inputs.mode == "static"
+        return quantize(w, form, parts=parts, input_scale=static if has_static else None)
+
+    rows = inner * (2 if p.gated else 1)
+    options = {
+        "hidden_states": torch.randn(len(ids), hidden, generator=g).to(dtype),
+        "w13": matrix(form13, rows, hidden, 0.02, parts=2 if p.gated and gate_up == "concatenated" else 1),
+        "w2": matrix(form2, hidden, inner, 0.01),
+        "topk_weights": torch.rand(ids.shape, generator=g) + 0.2,
+        "topk_ids": ids,
+        "activation": p,
+        "gate_up_layout": gate_up,
+        "w13_bias": torch.randn(3, rows, generator=g).to(dtype) if turn & 2 else None,
+        "w2_bias": torch.randn(3, hidden, generator=g) if turn & 2 else None,
+        "apply_router_weight_on_input": bool(turn & 4),
+        "expert_map": torch.tensor([1, 0, 2, -1, 3]) if turn & 8 else None,
+        "emulate": bool(turn & 16),
+        **options,
+    }
+    return checked(**options, dtype=dtype)
+
+
+def off(got: torch.Tensor, call: Call) -> torch.Tensor:
+    """Error of each token, relative to it, or to a typical one where it is small."""
+    wanted = exact(call)
+    size = wanted.norm(dim=1)
+    return (got.double() - wanted).norm(dim=1) / size.clamp(min=float(size.square().mean().sqrt()) + 1e-30)
+
+
+def sharp(got: torch.Tensor, call: Call) -> bool:
+    """No more than the rounding of an unquantised layer, but where an activated value lies so near the middle between
+    two codes that the reference, in float64, takes the other: one in 10^5 or so, hence two tokens at most, off by a
+    code. Holds where weights are not rounded to a type below float32.
+    """
+    error = off(got, call)
+    wrong = error > tolerance(got.dtype)
+    return bool(error.isfinite().all()) and int(wrong.sum()) <= 2 and float(error.max()) < 0.3
+
+
+@pytest.mark.parametrize("form", FORMATS, ids=str)
+def test_every_format_in_float32(form):
+    call = quantised(form, form, turn=FORMATS.index(form))
+    got = run(call)
+    assert sharp(got, call), off(got, call)
+    assert float(exact(call).norm()) > 1e-2
+
+
+@pytest.mark.parametrize("form", FORMATS, ids=str)
+def test_every_format_in_half_precision(form):
+    turn = FORMATS.index(form)
+    call = quantised(form, form, (torch.float16, torch.bfloat16)[turn // 2 % 2], turn=turn)
+    got = run(call)
+    assert got.dtype == call.hidden_states.dtype
+    assert sharp(got, call) if form.inputs else error(got, exact(call)) <= tolerance(got.dtype, form, form)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("schemes", [(None, "fp8_block"), ("int8_w8a8", None), ("mxfp4_fp8", "int4_w4a16")])
+@pytest.mark.parametrize("turn", [0, 7, 13])
+def test_each_matrix_has_a_format_of_its_own(turn, schemes, dtype):
+    forms = [None if s is None else format_of(s) for s in schemes]
+    call = quantised(*forms, dtype, turn=turn)
+    got = run(call)
+    assert got.dtype == dtype
+    assert sharp(got, call) if dtype == torch.float32 else error(got, exact(call)) <= tolerance(dtype, *forms)
+
+
+@pytest.mark.parametrize("form", MODES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (1, 4), (40, 2)])
+def test_numbers_of_tokens(shape, form, monkeypatch):
+    monkeypatch.setattr(backend, "PIECE", 500)
+    ids = torch.randint(-1, 4, shape, generator=torch.Generator().manual_seed(2))
+    call = quantised(form, form, ids=ids, turn=2)
+    assert sharp(run(call), call)
+
+
+@pytest.mark.parametrize("form", MODES, ids=str)
+def test_no_rows(form):
+    for ids in (torch.full((3, 2), -1), torch.empty(0, 2, dtype=torch.int64)):
+        got = run(quantised(form, form, ids=ids, turn=2))
+        assert got.shape == (len(ids), 128) and not got.any()
+
+
+@pytest.mark.parametrize("form", [format_of(scheme) for scheme in SCHEMES], ids=str)
+def test_an_expert_has_its_own_scales(form):
+    """Weights, hence scales, differ tenfold between experts; each token has one expert, and is looked at alone."""
+    ids = torch.tensor([[0], [1], [2], [1], [0], [2]])
+    call = quantised(form, form, ids=ids, spread=10.0, activation=Activation("relu2_no_mul"))
+    wanted = exact(call)
+    error = (run(call).double() - wanted).norm(dim=1) / wanted.norm(dim=1)
+    assert int((error > 1e-6).sum()) <= 1 and float(error.max()) < 0.3
+    assert float(wanted[2].norm()) > 100 * float(wanted[0].norm())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("form", [f for f in MODES if f.inputs.mode != "static"], ids=str)
+def test_hidden_states_may_be_codes(form, dtype):
+    g = torch.Generator().manual_seed(4)
+    code_type = quantize(torch.ones(1, 128, 128), form).data.dtype if form.per_byte == 1 else torch.float8_e4m3fn
+    codes = torch.randint(-90, 90, (len(IDS), 128), generator=g).to(code_type)
+    groups = 3 if form.inputs.mode == "group" else 1
+    for rows in {len(IDS), len(IDS) if groups > 1 else 1}:
+        scale = (torch.rand(rows, groups, generator=g) + 0.5) / 50
+        call = quantised(form, form, dtype, hidden_states=codes, hidden_states_scale=scale)
+        got = run(call)
+        assert got.dtype == dtype
+        assert sharp(got, call) if dtype == torch.float32 else error(got, exact(call)) <= tolerance(dtype, form, form)
+
+
+@pytest.mark.parametrize("form", MODES, ids=str)
+def test_tokens_do_not_meet(form):
+    """NaN fills its token and no other; nought gives nought; a token without experts may hold anything."""
+    call = quantised(form, form)
+    call.hidden_states[1] = 0.0
+    clean = run(call)
+    assert not clean[1].any()
+    call.hidden_states[8] = math.nan
+    call.hidden_states[6] = 1e30
+    call.hidden_states[3] = math.inf
+    got = run(call)
+    assert got[8].isnan().all()
+    rest = [0, 1, 2, 3, 4, 5, 6, 7]
+    if form.inputs.mode != "tensor":
+        assert torch.equal(got[rest], clean[rest])
+    else:  # The largest may have been in the row that is NaN now.
+        assert sharp(got[rest], call._replace(**rows_of(call, rest)))
+
+
+def rows_of(call: Call, rows: list[int]) -> dict:
+    return {name: getattr(call, name)[rows] for name in ("hidden_states", "topk_weights", "topk_ids")}
+
+
+def test_one_expert_is_dequantised_at_a_time_and_only_those_with_rows(monkeypatch):
+    call = quantised(format_of("mxfp4"), format_of("fp8_block"), ids=torch.tensor([[0, 2], [2, -1], [2, 0]]))
+    seen = []
+    original = ExpertMatrix.dequantize_expert
+
+    def spy(self, expert, dtype=torch.float32):
+        seen.append((self.format.scheme, expert))
+        return original(self, expert, dtype)
+
+    monkeypatch.setattr(ExpertMatrix, "dequantize_expert", spy)
+    monkeypatch.setattr(ExpertMatrix, "dequantize", None)
+    run(call)
+    assert seen == [("mxfp4", 0), ("mxfp4", 2), ("fp8_block", 0), ("fp8_block", 2)]
+
+
+@pytest.mark.parametrize("form", [format_of(scheme) for scheme in SCHEMES], ids=str)
+def test_quantised_calls_of_any_strides(form):
+    call = quantised(form, form, turn=3)
+
+    def spread(t: torch.Tensor) -> torch.Tensor:
+        if t.dim() < 3:
+            return t
+        if form.per_byte == 2:
+            return torch.cat([t, t], 2)[:, :, : t.shape[2]]
+        return t.transpose(1, 2).contiguous().transpose(1, 2)
+
+    strided = call._replace(w13=call.w13.map(spread), w2=call.w2.map(spread))
+    assert not strided.w2.data.is_contiguous()
+    assert sharp(run(strided), call)
+
+
+@pytest.mark.parametrize(("scheme", "used"), [("fp8_block", "ieee"), ("int8_w8a16", "tf32")])
+def test_tf32_is_for_weights_that_are_decoded(scheme, used, monkeypatch):
+    """Where rows are quantised it would round what scales have multiplied."""
+    seen = []
+    original = backend._float32_products
+    monkeypatch.setattr(backend, "_float32_products", lambda *a: seen.append(a[0]) or original(*a))
+    run(quantised(format_of(scheme), format_of(scheme), fp32_precision="tf32"))
+    assert seen == [used, used]
+
+
+@pytest.mark.parametrize("form", [format_of("fp8_block"), format_of("int8_w8a16")], ids=str)
+def test_quantised_products_are_float32_whatever_the_process_says(form):
+    call = quantised(form, form)
+    wanted = run(call)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            got = run(call)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert torch.equal(got, wanted)
+
+
+def changed(call: Call, **changes) -> Call:
+    """With other tensors in w13."""
+    tensors = call.w13.tensors() | changes
+    return call._replace(w13=ExpertMatrix(call.w13.format, **tensors, parts=call.w13.parts))
+
+
+def unquantised_rows(call: Call, name: str) -> Call:
+    w = getattr(call, name)
+    return call._replace(**{name: quantize(w.dequantize(), dataclasses.replace(w.format, inputs=None))})
+
+
+QUANTISED_FAULTS = {
+    "scales of another expert": ("fp8_tensor", lambda c: changed(c, scale=c.w13.scale.roll(1, 0))),
+    "scales of another row": ("int8_w8a8", lambda c: changed(c, scale=c.w13.scale.roll(1, 1))),
+    "scales of another group": ("mxfp4", lambda c: changed(c, scale=c.w13.scale.roll(1, 2))),
+    "nibbles swapped": ("int4_w4a16", lambda c: changed(c, data=(c.w13.data << 4) | (c.w13.data >> 4))),
+    "codes one off": ("int8_w8a8", lambda c: changed(c, data=c.w13.data.clamp(max=126) + 1)),
+    "scale of scales forgotten": ("nvfp4", lambda c: changed(c, tensor_scale=torch.ones(3))),
+    "the first quantisation forgotten": ("fp8_channel", lambda c: unquantised_rows(c, "w13")),
+    "the second quantisation forgotten": ("fp8_channel", lambda c: unquantised_rows(c, "w2")),
+    "a group for a token": (
+        "fp8_block",
+        lambda c: c._replace(w13=quantize(c.w13.dequantize(), format_of("fp8_block", block=(128, 64)))),
+    ),
+}
+
+
+@pytest.mark.parametrize(("scheme", "fault"), QUANTISED_FAULTS.values(), ids=QUANTISED_FAULTS)
+def test_the_bounds_reject_faults_of_scales(scheme, fault):
+    call = quantised(format_of(scheme), format_of(scheme), turn=2)
+    assert sharp(run(call), call)
+    assert not sharp(run(fault(call)), call)

@@ -10,14 +10,27 @@ import pytest
 import torch
 
 from fusedmoe import bench as benchmark, functional
-from fusedmoe.bench import SHAPES, Row, bench, measure_ceilings, problem_of, read_peer, shape_of, time_us
+from fusedmoe.bench import (
+    SHAPES,
+    Row,
+    bench,
+    format_for,
+    measure_ceilings,
+    problem_of,
+    read_peer,
+    shape_of,
+    time_us,
+)
+from fusedmoe.checks import check
 from fusedmoe.errors import OptionError, UnsupportedError
 from fusedmoe.plan.floor import Ceilings
+from fusedmoe.schemes import SCHEMES
 from fusedmoe.testing import verify as verifying
+from fusedmoe.testing.cases import random_matrix
 from fusedmoe.testing.verify import relative_error, true_float32, verify
 
 CPU = torch.device("cpu")
-CEILINGS = Ceilings(bandwidth_gbps=10.0, tflops=0.1, launch_us=1.0)
+CEILINGS = Ceilings(bandwidth_gbps=10.0, tflops={"bfloat16": 0.1, "float32": 0.1}, launch_us=1.0)
 PEERS = sorted((Path(__file__).parents[2] / "benchmarks" / "peers").glob("*.json"))
 
 
@@ -33,6 +46,39 @@ def test_rows(dtype):
         assert row.tflops == pytest.approx(6 * n_tokens * 2 * 64 * 48 / row.us / 1e6)
         assert row.times_floor == pytest.approx(row.us / row.floor_us)
         assert row.distinct == 2 if n_tokens == 1 else 2 < row.distinct <= 4
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_rows_of_schemes(scheme):
+    (row,) = bench(shape_of("4,2,96,64"), [3], dtype=torch.bfloat16, device=CPU, ceilings=CEILINGS, scheme=scheme)
+    assert row.ok and 0 < row.error <= row.tolerance
+    assert row.scheme == scheme and row.format.startswith(scheme)
+
+
+def test_a_format_fits_the_shape():
+    assert format_for("none", SHAPES["gpt-oss-120b"]) is None
+    assert format_for("int4_w4a16", SHAPES["qwen3-30b-a3b"]).block == (1, 128)
+    assert format_for("int4_w4a16", SHAPES["gpt-oss-120b"]).block == (1, 64)
+    with pytest.raises(OptionError, match="scheme 'mxfp4' for shape 4,2,64,48: got H 64, I 48; wanted multiples of 32"):
+        format_for("mxfp4", shape_of("4,2,64,48"))
+    with pytest.raises(OptionError, match="scheme: got 'int3'"):
+        format_for("int3", SHAPES["gpt-oss-120b"])
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_problem_of_a_scheme_is_that_of_its_tensors(scheme):
+    shape = shape_of("4,2,96,64")
+    form = format_for(scheme, shape)
+    problem = problem_of(shape, 3, torch.bfloat16, form=form)
+    generator = torch.Generator().manual_seed(0)
+    call = check(
+        torch.zeros(3, 96, dtype=torch.bfloat16),
+        random_matrix(form, (4, 128, 96), generator, parts=2),
+        random_matrix(form, (4, 96, 64), generator),
+        torch.zeros(3, 2),
+        torch.zeros(3, 2, dtype=torch.int32),
+    )
+    assert call.problem == problem
 
 
 @pytest.mark.parametrize("plant", [lambda out: out * 1.1, lambda out: out.index_fill(1, torch.tensor([3]), math.nan)])
@@ -83,8 +129,17 @@ def test_a_backend_that_does_not_take_the_call_is_an_error():
 
 
 def test_ceilings_of_the_cpu():
-    found = measure_ceilings(CPU, torch.float32)
-    assert 0.1 < found.bandwidth_gbps < 1e4 and 1e-4 < found.tflops < 1e3 and 0.1 < found.launch_us < 1e5
+    found = measure_ceilings(CPU, ["float32", "int8", "int8", "e4m3"])
+    assert 0.1 < found.bandwidth_gbps < 1e4 and 0.1 < found.launch_us < 1e5
+    assert {"float32", "int8"} == set(found.tflops) and all(1e-4 < rate < 1e3 for rate in found.tflops.values())
+
+
+def test_a_type_that_cannot_be_multiplied_has_no_rate(monkeypatch):
+    def no(*a, **options):
+        raise NotImplementedError
+
+    monkeypatch.setattr(torch, "_int_mm", no)
+    assert benchmark._tflops("int8", 32, CPU) is None
 
 
 def test_time_is_the_median_of_what_was_called():
@@ -112,14 +167,15 @@ def test_problem_without_tensors(weight_layout, contiguous):
 @pytest.mark.parametrize("path", PEERS, ids=lambda path: path.stem)
 def test_figures_of_peers_are_complete(path):
     peer = read_peer(path)
-    assert len(peer.source) > 100 and peer.dtype in benchmark.DTYPES
+    assert len(peer.source) > 100 and peer.dtype in benchmark.DTYPES and "/" not in peer.source
     assert {shape for shape, _ in peer.us} <= set(SHAPES)
     assert all(us > 0 for us in peer.us.values())
 
 
 def test_figures_of_peers_that_cannot_be_read(tmp_path):
     path = tmp_path / "peer.json"
-    good = {"name": "p", "device": "d", "dtype": "bfloat16", "source": "s", "us": {"4,2,64,48": {"1": 2.0}}}
+    good = {"name": "p", "device": "d", "dtype": "bfloat16", "scheme": None, "source": "s"}
+    good["us"] = {"4,2,64,48": {"1": 2.0}}
     path.write_text(json.dumps(good))
     assert read_peer(path).us == {("4,2,64,48", 1): 2.0}
     for text in (
@@ -128,6 +184,7 @@ def test_figures_of_peers_that_cannot_be_read(tmp_path):
         json.dumps({**good, "us": [1]}),
         json.dumps({"us": {}}),
         json.dumps({**good, "us": {"a": 1}}),
+        json.dumps({**good, "scheme": "int3"}),
     ):
         path.write_text(text)
         with pytest.raises(OptionError, match="figures of a peer in .*benchmarks/peers"):

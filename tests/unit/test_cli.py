@@ -14,13 +14,14 @@ pytest.importorskip("rich")
 from typer.testing import CliRunner
 
 from fusedmoe import bench as benchmark, cli, functional, selftest
-from fusedmoe.bench import SHAPES
+from fusedmoe.bench import SHAPES, format_for
 from fusedmoe.cli import environment, explanation, run as running
 from fusedmoe.cli.app import app
 from fusedmoe.cli.environment import VARIABLES
 from fusedmoe.cli.explanation import ARCHS
 from fusedmoe.plan.floor import Ceilings
 from fusedmoe.plan.planner import SUPPORTS
+from fusedmoe.schemes import SCHEMES
 from fusedmoe.settings import Settings
 
 H = 128
@@ -39,9 +40,9 @@ def data(*arguments, code=0):
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """On the CPU, also where there is a GPU; ceilings are measured in their own test."""
-    ceilings = Ceilings(bandwidth_gbps=10.0, tflops=0.1, launch_us=1.0)
+    ceilings = Ceilings(bandwidth_gbps=10.0, tflops={"float32": 0.1, "bfloat16": 0.1}, launch_us=1.0)
     for module in (benchmark, running, explanation):
-        monkeypatch.setattr(module, "measure_ceilings", lambda device, dtype: ceilings)
+        monkeypatch.setattr(module, "measure_ceilings", lambda device, types: ceilings)
     for module in (benchmark, environment, explanation):
         monkeypatch.setattr(module, "default_device", lambda: torch.device("cpu"))
 
@@ -203,6 +204,20 @@ def test_explain_for_every_target(arch, tokens):
         assert len(kernels) == {1: 3, 64: 4, 8192: 6}[tokens]
 
 
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_explain_a_scheme(scheme):
+    found = data("explain", "--shape", "gpt-oss-120b", "--scheme", scheme, "--arch", "sm_90", "--json")
+    form = format_for(scheme, SHAPES["gpt-oss-120b"])
+    for one in found["weights"].values():
+        assert one["format"] == str(form) and one["bytes_per_weight"] == pytest.approx(form.bits_per_weight() / 8)
+        assert one["multiplied_as"] in (form.element, "bfloat16")
+    assert found["floor"]["us"] > 0
+    quantising = [one["kernel"] for one in found["launches"] if "quantise" in one["kernel"]]
+    assert bool(quantising) == (form.inputs is not None) and len(quantising) <= 2
+    shown = invoke("explain", "--shape", "gpt-oss-120b", "--scheme", scheme, "--arch", "sm_90").output
+    assert scheme in shown and "bytes each" in shown and "multiplied as" in shown
+
+
 def test_explain_for_people():
     sizes = ("--experts", 64, "--top-k", 8, "--hidden", 2880, "--intermediate", 2880)
     kind = ("--activation", "swigluoai", "--weight-layout", "KN", "--dtype", "fp16")
@@ -221,6 +236,8 @@ def test_explain_for_people():
         (["--shape", "mixtral-8x7b", "--arch", "sm_1"], "--arch: got 'sm_1'"),
         (["--shape", "mixtral-8x7b", "--activation", "tanh"], "unknown activation"),
         (["--shape", "mixtral-8x7b", "--weight-layout", "KM"], "weight_layout: got 'KM'"),
+        (["--shape", "mixtral-8x7b", "--scheme", "int3"], "scheme: got 'int3'"),
+        (["--shape", "mixtral-8x7b", "--scheme", "fp8_block", "--weight-layout", "KN"], "weight_layout of the quan"),
         (["--shape", "mixtral-8x7b", "--arch", "sm_75", "--backend", "triton"], "sm_75 has no bfloat16"),
     ],
 )
@@ -255,16 +272,24 @@ def test_check(monkeypatch):
 def test_bench_beside_a_peer(tmp_path):
     peer = tmp_path / "peer.json"
     us = {"4,2,64,48": {"1": 1e9}}
-    peer.write_text(json.dumps({"name": "other", "device": "d", "dtype": "float32", "source": "a run", "us": us}))
-    common = ("bench", "--shape", "4,2,64,48", "--tokens", "1,3", "--dtype", "fp32", "--beside", peer)
+    facts = {"name": "other", "device": "d", "dtype": "float32", "scheme": None, "source": "a run", "us": us}
+    peer.write_text(json.dumps(facts))
+    fp8 = tmp_path / "fp8.json"
+    fp8.write_text(json.dumps({**facts, "name": "third", "scheme": "fp8_channel"}))
+    common = ("bench", "--shape", "4,2,64,48", "--tokens", "1,3", "--dtype", "fp32", "--beside", peer, "--beside", fp8)
+    common += ("--scheme", "none", "--scheme", "fp8_channel", "--scheme", "fp8_tensor")
     found = data(*common, "--json", "-")
-    one, three = found["rows"]
+    one, three, quantised, _, neither, _ = found["rows"]
     assert one["peer_us"] == 1e9 and one["faster_than_peer"] == pytest.approx(1e9 / one["us"])
     assert three["peer_us"] is None and three["faster_than_peer"] is None
-    assert found["beside"]["source"] == "a run" and found["ceilings"]["launch_us"] == 1.0
+    assert [row["peer"] for row in (one, quantised, neither)] == ["other", "third", None]
+    assert [row["scheme"] for row in found["rows"][::2]] == [None, "fp8_channel", "fp8_tensor"]
+    assert found["beside"][1] == {"name": "third", "device": "d", "scheme": "fp8_channel", "source": "a run"}
+    assert found["ceilings"]["launch_us"] == 1.0
     shown = invoke(*common, "--json", tmp_path / "rows.json").output
     assert "other" in shown and "1000000000.00" in shown and "x floor" in shown
-    assert len(json.loads((tmp_path / "rows.json").read_text())["rows"]) == 2
+    assert "e4m3 unknown, PyTorch has none here" in " ".join(shown.split())
+    assert len(json.loads((tmp_path / "rows.json").read_text())["rows"]) == 6
 
 
 def test_bench_of_a_wrong_result_exits_with_1(monkeypatch):
@@ -281,6 +306,8 @@ def test_bench_of_a_wrong_result_exits_with_1(monkeypatch):
         (["--tokens", "1,two"], "--tokens: got '1,two'"),
         (["--beside", "none.json"], "figures of a peer"),
         (["--dtype", "int4"], "dtype: got 'int4'"),
+        (["--scheme", "int3"], "scheme: got 'int3'"),
+        (["--shape", "4,2,64,48", "--scheme", "mxfp4"], "scheme 'mxfp4' for shape 4,2,64,48"),
         (["--shape", "4,2,64,48", "--backend", "triton", "--tokens", "1"], "Triton has no CPU target"),
         (["--shape", "4,2,64,48", "--tokens", "1", "--json", "/nowhere/at/all"], "file /nowhere/at/all"),
     ],

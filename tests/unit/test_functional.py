@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 import torch._dynamo.testing
@@ -19,8 +21,10 @@ from fusedmoe.errors import (
     WorkspaceError,
 )
 from fusedmoe.plan.planner import SUPPORTS
+from fusedmoe.schemes import formats_of
 from fusedmoe.testing.cases import OPTIONS, Case, pairwise
 from fusedmoe.testing.verify import relative_error
+from fusedmoe.torch_ops import flatten, format_of_words, format_to_words
 
 T, K, E, H, I = 6, 2, 4, 32, 24
 
@@ -265,24 +269,122 @@ def test_exported_with_dynamic_tokens():
         assert torch.equal(program.module()(*other), layer(*other))
 
 
-def test_operator_is_well_formed():
-    a = arguments()
-    act = fusedmoe.Activation("silu")
+def quantised(scheme, **choices):
+    """Arguments of a layer of H = 128 and I = 64 in a scheme."""
+    w13, w2 = torch.randn(E, 128, 128) / 11, torch.randn(E, 128, 64) / 8
+    parts = {"w13": fusedmoe.quantize(w13, scheme, parts=2, **choices), "w2": fusedmoe.quantize(w2, scheme, **choices)}
+    return arguments(hidden_states=torch.randn(T, 128), **parts)
+
+
+@pytest.mark.parametrize("scheme", [None, "fp8_block", "int4_w4a16", "nvfp4"])
+def test_operator_is_well_formed(scheme):
+    choices = {"group": 32} if scheme == "int4_w4a16" else {}
+    x, w13, w2, weights, ids = (quantised(scheme, **choices) if scheme else arguments()).values()
     args = (
-        *a.values(),
-        None,
-        None,
-        None,
-        None,
-        act.name,
-        None,
-        None,
-        None,
-        None,
-        "concatenated",
-        "NK",
-        False,
-        "ieee",
-        "auto",
-    )
+        x, *flatten(w13), *flatten(w2), weights, ids, None, None, None, None, None, None, False,
+        "silu", None, None, None, None, "concatenated", "NK", False, "ieee", "auto",
+    )  # fmt: skip
     torch.library.opcheck(torch.ops.fusedmoe.fused_experts.default, args)
+
+
+def test_formats_travel_as_words():
+    for form in itertools.chain.from_iterable(map(formats_of, fusedmoe.SCHEMES)):
+        assert format_of_words(format_to_words(form)) == form
+
+
+def test_a_quantised_layer_compiles():
+    a = quantised("fp8_channel")
+    w13, w2 = a.pop("w13"), a.pop("w2")
+
+    def layer(hidden_states, topk_weights, topk_ids):
+        return fusedmoe.fused_experts(hidden_states, w13, w2, topk_weights, topk_ids) * 2
+
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        assert torch.equal(compiled(**a), layer(**a))
+
+
+#: what is wrong -> (scheme, arguments and options to replace, error, words of its message)
+QUANTISED_MISTAKES = {
+    "codes without their scale": (
+        None,
+        {"w13": torch.zeros(E, 2 * I, H, dtype=torch.float8_e4m3fn)},
+        DTypeError,
+        ["w13", "float8_e4m3fn", "ExpertMatrix"],
+    ),
+    "KN": ("fp8_channel", {"weight_layout": "KN"}, OptionError, ["weight_layout", "'KN'", "transposed views"]),
+    "a scale of rows that are no codes": (
+        "fp8_w8a16",
+        {"hidden_states_scale": torch.ones(T)},
+        OptionError,
+        ["hidden_states_scale", "takes rows as they are"],
+    ),
+    "a scale of rows for plain weights": (
+        None,
+        {"hidden_states_scale": torch.ones(T)},
+        OptionError,
+        ["hidden_states_scale", "plain w13"],
+    ),
+    "a scale and rows of floats": (
+        "fp8_channel",
+        {"hidden_states_scale": torch.ones(T)},
+        DTypeError,
+        ["hidden_states", "float32", "float8_e4m3fn"],
+    ),
+    "codes without a scale": (
+        "fp8_channel",
+        {"hidden_states": torch.zeros(T, 128, dtype=torch.float8_e4m3fn)},
+        DTypeError,
+        ["hidden_states", "float8_e4m3fn", "float32"],
+    ),
+    "scales of too few rows": (
+        "fp8_block",
+        {"hidden_states": torch.zeros(T, 128, dtype=torch.float8_e4m3fn), "hidden_states_scale": torch.ones(T - 1, 1)},
+        ShapeError,
+        ["hidden_states_scale", f"({T - 1}, 1)", f"({T}, 1)"],
+    ),
+    "scales of rows of another type": (
+        "fp8_channel",
+        {"hidden_states": torch.zeros(T, 128, dtype=torch.float8_e4m3fn), "hidden_states_scale": torch.ones(T).half()},
+        DTypeError,
+        ["hidden_states_scale", "float16", "float32"],
+    ),
+    "a type that no layer has": (
+        "fp8_channel",
+        {
+            "hidden_states": torch.zeros(T, 128, dtype=torch.float8_e4m3fn),
+            "hidden_states_scale": torch.ones(T),
+            "dtype": torch.int32,
+        },
+        DTypeError,
+        ["dtype", "int32", "bfloat16"],
+    ),
+    "a type beside hidden states that have one": (
+        "fp8_channel",
+        {"dtype": torch.float16},
+        OptionError,
+        ["dtype", "float16", "float32", "hidden_states_scale"],
+    ),
+    "another inner size": ("fp8_channel", {"hidden_states": torch.randn(T, 64)}, ShapeError, ["w13", "128", "64"]),
+    "two parts and interleaved rows": (
+        "fp8_tensor",
+        {"gate_up_layout": "interleaved"},
+        OptionError,
+        ["parts of w13", "concatenated"],
+    ),
+    "on another device": (
+        "fp8_channel",
+        {"hidden_states": torch.randn(T, 128, device="meta")},
+        DeviceError,
+        ["w13", "cpu", "meta"],
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", QUANTISED_MISTAKES)
+def test_quantised_mistakes(mistake):
+    scheme, replace, error, words = QUANTISED_MISTAKES[mistake]
+    a = {**(quantised(scheme) if scheme else arguments()), **replace}
+    with pytest.raises(error) as caught:
+        fusedmoe.fused_experts(**a)
+    assert [word for word in words if word not in str(caught.value)] == []

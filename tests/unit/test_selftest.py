@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fusedmoe import selftest as module
+from fusedmoe.schemes import SCHEMES
 from fusedmoe.selftest import selftest
 from fusedmoe.spec.activation import TABLE
 
@@ -21,6 +22,7 @@ def test_every_capability_holds_here():
     assert not [result for result in results if not result.ok]
     names = [result.name for result in results]
     assert len(set(names)) == len(names)
+    assert {f"scheme {name}" for name in SCHEMES} | {"hidden states as codes"} <= set(names)
     assert {f"activation {name}" for name in TABLE} | {"float32", "float16", "bfloat16", "torch.compile"} <= set(names)
     assert all(result.error <= result.tolerance and result.detail == "" for result in results)
 
@@ -33,6 +35,14 @@ def test_every_capability_holds_here():
         (lambda options: options.update(apply_router_weight_on_input=False), {"router weight on the input"}),
         (lambda options: options.pop("expert_map", None), {"expert map"}),
         (lambda options: options.update(weight_layout="NK"), {"experts stored [E, K, N]"}),
+        (
+            lambda options: (
+                options.update(hidden_states_scale=options["hidden_states_scale"] * 0 + 1)
+                if "hidden_states_scale" in options
+                else None
+            ),
+            {"hidden states as codes"},
+        ),
     ],
 )
 def test_an_option_that_is_ignored_fails_its_line(monkeypatch, change, lines):

@@ -19,7 +19,22 @@ from fusedmoe._compat import device_guard, teach_interpreter
 from fusedmoe.backends.workspace import Layout, Workspace
 from fusedmoe.call import Call
 from fusedmoe.expert_matrix import ExpertMatrix
-from fusedmoe.kernels import activations, decode, encode, epilogue, load, overlap, quantise, routing, step, store, tiles
+from fusedmoe.kernels import (
+    activations,
+    arrange,
+    decode,
+    encode,
+    epilogue,
+    load,
+    overlap,
+    quantise,
+    routing,
+    scales,
+    step,
+    store,
+    tiles,
+    words,
+)
 from fusedmoe.kernels.combine import combine as combine_kernel
 from fusedmoe.kernels.gather import gather as gather_kernel
 from fusedmoe.kernels.grouped_gemm import grouped_gemm
@@ -53,6 +68,14 @@ TILES = 64
 #: Elements of the (chunk, expert) table that ``offsets`` holds at once, and of the one in ``_write_tiles``.
 TABLE = 8192
 
+#: Policies of a result that is stored as it is.
+_PLAIN: dict[str, Any] = {
+    "STORE": store.numbers,
+    "ARRANGE": arrange.as_they_are,
+    "ENCODE": None,
+    "LARGEST": 0.0,
+    "OUT_GROUP": 0,
+}
 _ABSENT = Epilogue(None, None, None, None, None, None, None)
 
 
@@ -99,9 +122,11 @@ def workspace_layout(problem: Problem, plan: Plan) -> Layout:
     if how.requantise != "epilogue":
         layout["hidden"] = ((slots, _row_stride(problem.intermediate, dtype)), dtype)
     tokens_type = dtype
+    if how.gate_up.words:
+        layout["x_codes"] = ((problem.tokens, _row_stride(problem.hidden, dtype)), dtype)
     if (inputs := _inputs(problem.gate_up_gemm)) is not None:
         tokens_type = _torch_type(how.multiply[0])
-        if problem.inputs_dtype != str(tokens_type).removeprefix("torch."):
+        if how.gate_up.words or problem.inputs_dtype != str(tokens_type).removeprefix("torch."):
             layout |= _codes_layout("x", problem.tokens, problem.hidden, inputs, tokens_type)
     if (inputs := _inputs(problem.down_gemm)) is not None:
         layout |= _codes_layout("hidden", slots, problem.intermediate, inputs, _torch_type(how.multiply[1]))
@@ -138,6 +163,16 @@ _TRITON_TYPES = {
     "bfloat16": tl.bfloat16,
     "float32": tl.float32,
 }
+
+
+def _flat(tensor: torch.Tensor) -> tuple[torch.Tensor, int, int]:
+    """A tensor of two dimensions and its strides."""
+    return tensor, tensor.stride(0), tensor.stride(1)
+
+
+def _cube(tensor: torch.Tensor) -> tuple[torch.Tensor, int, int, int]:
+    """A tensor of three dimensions and its strides."""
+    return tensor, tensor.stride(0), tensor.stride(1), tensor.stride(2)
 
 
 def _groups(columns: int, inputs: Inputs) -> int:
@@ -227,9 +262,13 @@ def gate_up(call: Call, plan: Plan, schedule: _Schedule, work: Workspace) -> Row
     problem, how = call.problem, _plan(plan)
     first, after = _overlap(plan)
     options = {"WAIT": overlap.nothing, **first} if how.few else after
-    x = Rows(call.hidden_states, *call.hidden_states.stride(), tl.constexpr(problem.top_k))
+    x = Rows(*_flat(call.hidden_states), tl.constexpr(problem.top_k))
     if (inputs := _inputs(problem.gate_up_gemm)) is not None:
         x = _tokens_as_codes(call, plan, schedule, x, inputs, work, options)
+        options = after
+    elif how.gate_up.words:
+        order = _order(problem.gate_up_gemm, how.gate_up)
+        x = _in_word_order(x, problem.gate_up_gemm, order, work["x_codes"], options)
         options = after
     if how.gather:
         x = _gather(plan, schedule, x, work["tokens"])
@@ -267,8 +306,11 @@ def gate_up(call: Call, plan: Plan, schedule: _Schedule, work: Workspace) -> Row
     hidden = work["hidden"]
     live = quantise.slot if how.few else quantise.sorted_row
     static = call.w2.input_scale if isinstance(call.w2, ExpertMatrix) else None
-    x = Rows(hidden, *hidden.stride(), None)
-    _quantise(schedule, x, "hidden", problem.intermediate, requantised, static, live, work, after, amax_is_there=True)
+    x = Rows(*_flat(hidden), None)
+    order = _order(problem.down_gemm, how.down)
+    _quantise(
+        schedule, x, "hidden", problem.intermediate, requantised, static, live, order, work, after, amax_is_there=True
+    )
     return _hidden_rows(how, requantised, call, work)
 
 
@@ -283,24 +325,46 @@ def _tokens_as_codes(
             codes = work["x_codes"]
             codes[:, : problem.hidden].copy_(call.hidden_states)
             x = x._replace(ptr=codes, stride_row=codes.stride(0), stride_k=codes.stride(1))
+            if _plan(plan).gate_up.words:
+                x = _in_word_order(
+                    x, problem.gate_up_gemm, _order(problem.gate_up_gemm, _plan(plan).gate_up), codes, options
+                )
         row = scale.stride(0) if scale.shape[0] == problem.tokens else 0
         return _with_scale(x, inputs, scale, row, scale.stride(1))
     static = call.w13.input_scale if isinstance(call.w13, ExpertMatrix) else None
     live = quantise.token if inputs.mode == "tensor" else quantise.all_rows
-    _quantise(schedule, x, "x", problem.hidden, inputs, static, live, work, options, amax_is_there=False)
+    order = _order(problem.gate_up_gemm, _plan(plan).gate_up)
+    _quantise(schedule, x, "x", problem.hidden, inputs, static, live, order, work, options, amax_is_there=False)
     codes, scale = work["x_codes"], work["x_scale"]
-    return _with_scale(Rows(codes, *codes.stride(), x.per), inputs, scale, *scale.stride())
+    return _with_scale(Rows(*_flat(codes), x.per), inputs, scale, scale.stride(0), scale.stride(1))
+
+
+def _order(gemm: Gemm, config: KernelConfig) -> Any:
+    """Order of the columns of the rows that a GEMM multiplies."""
+    if not config.words or gemm.format is None:
+        return arrange.as_they_are
+    return arrange.by_words_of_eight if gemm.format.per_byte == 2 else arrange.by_words_of_four
+
+
+def _in_word_order(x: Rows, gemm: Gemm, order: Any, out: torch.Tensor, options: dict[str, Any]) -> Rows:
+    block = min(4096, triton.next_power_of_2(gemm.inner))
+    with device_guard(out.device):
+        arrange.arrange[(out.shape[0], math.ceil(gemm.inner / block))](
+            x, out, out.stride(0), **options, ARRANGE=order, K=gemm.inner, BLOCK_K=block
+        )
+    return x._replace(ptr=out, stride_row=out.stride(0), stride_k=out.stride(1))
 
 
 def _with_scale(x: Rows, inputs: Inputs, scale: torch.Tensor, stride_row: int, stride_group: int) -> Rows:
-    row_scale = RowScale(scale, stride_row, stride_group, x.per)
-    return x._replace(**{"step_scale" if inputs.mode == "group" else "final_scale": row_scale})
+    row_scale = RowScale(scale, stride_row, stride_group, tl.constexpr(0) if x.per is None else x.per)
+    return x._replace(scale=row_scale, scale_at=tl.constexpr("step" if inputs.mode == "group" else "end"))
 
 
 def _hidden(how: TritonPlan, inputs: Inputs | None, call: Call, work: Workspace) -> tuple[Output, dict[str, Any]]:
     """Where gate-up writes, and its STORE policy."""
     by_slot = tl.constexpr(False)
-    plain = {"STORE": store.numbers, "ENCODE": None, "LARGEST": 0.0, "OUT_GROUP": 0}
+    order = arrange.as_they_are if how.requantise == "kernel" else _order(call.problem.down_gemm, how.down)
+    plain = {**_PLAIN, "ARRANGE": order}
     if how.requantise != "epilogue":
         hidden = work["hidden"]
         out = Output(hidden, hidden.stride(0), by_slot)
@@ -322,13 +386,13 @@ def _hidden_rows(how: TritonPlan, inputs: Inputs | None, call: Call, work: Works
     """What the down GEMM reads."""
     if inputs is None:
         hidden = work["hidden"]
-        return Rows(hidden, *hidden.stride(), None)
+        return Rows(*_flat(hidden), None)
     codes, scale = work["hidden_codes"], work["hidden_scale"]
-    x = Rows(codes, *codes.stride(), None)
+    x = Rows(*_flat(codes), None)
     if inputs.mode == "static" and how.requantise == "epilogue":
         assert isinstance(call.w2, ExpertMatrix) and call.w2.input_scale is not None
         return _with_scale(x, inputs, call.w2.input_scale, 0, 0)
-    return _with_scale(x, inputs, scale, *scale.stride())
+    return _with_scale(x, inputs, scale, scale.stride(0), scale.stride(1))
 
 
 def _quantise(
@@ -339,6 +403,7 @@ def _quantise(
     inputs: Inputs,
     static: torch.Tensor | None,
     live: Any,
+    order: Any,
     work: Workspace,
     options: dict[str, Any],
     *,
@@ -388,6 +453,7 @@ def _quantise(
             **options,
             **how,
             LIVE=live,
+            ARRANGE=order,
             BLOCK_K=block_k,
         )
 
@@ -416,7 +482,7 @@ def down(call: Call, plan: Plan, schedule: _Schedule, hidden: Rows, work: Worksp
         epilogue.bias_then_weigh,
         None,
         None,
-        {"STORE": store.numbers, "ENCODE": None, "LARGEST": 0.0, "OUT_GROUP": 0},
+        _PLAIN,
     )
     return rows
 
@@ -467,14 +533,14 @@ def _with_router_weight(e: Epilogue, call: Call) -> Epilogue:
     )
 
 
-def _weight_map(w: torch.Tensor, config: KernelConfig, wide: int, per_byte: int) -> tuple[TensorDescriptor, int, Any]:
+def _weight_map(w: torch.Tensor, config: KernelConfig, wide: int, per_item: int) -> tuple[TensorDescriptor, int, Any]:
     """Tensor map of [E, N, K] as a two-dimensional tensor, its rows per expert, and the load that uses it."""
     n_experts, n, k = w.shape
     stride_e, stride_n, stride_k = w.stride()
     if stride_k == 1:
         per = stride_e // stride_n if n_experts > 1 else n
         rows = (n_experts - 1) * per + n
-        box = [wide, config.block_k // per_byte]
+        box = [wide, config.block_k // per_item]
         return TensorDescriptor(w, [rows, k], [stride_n, 1], box), per, load.weight_by_map_nk
     per = stride_e // stride_k if n_experts > 1 else k
     rows = (n_experts - 1) * per + k
@@ -490,78 +556,91 @@ class _Operand(NamedTuple):
     k_end: int
 
 
-def _operand(
-    w: torch.Tensor | ExpertMatrix, multiply: str, up: int, wide: int, block_k: int, inputs: Inputs | None
-) -> _Operand:
+def _operand(w: torch.Tensor | ExpertMatrix, multiply: str, up: int, wide: int, config: KernelConfig) -> _Operand:
     """Choose what understands the storage of an expert matrix.
 
     Scales of whole rows wait for the sum. Scales of groups of K are applied to the product of a step that lies within
     a group; where a row's groups are shorter than a step, to the weights as they are decoded.
     """
-    math_type = _TRITON_TYPES[multiply]
+    k = w.shape[2]
+    policies: dict[str, Any] = {
+        "LOAD_SCALES": scales.none,
+        "AHEAD": False,
+        "MATH": _TRITON_TYPES[multiply],
+        "ACCUMULATE": tl.float32,
+        "SHIFT": 0.0,
+        "PER_ITEM": 1,
+        "GROUP": k,
+        "STRIDE": k,
+    }
     if isinstance(w, torch.Tensor):
-        k = w.shape[2]
-        policies = {
-            "STEP": step.dense,
-            "DECODE": decode.as_they_are,
-            "ELEMENT": None,
-            "FINISH": step.nothing,
-            "MATH": math_type,
-            "ACCUMULATE": tl.float32,
-            "SHIFT": 0.0,
-            "PER_BYTE": 1,
-            "GROUP": k,
-            "STRIDE": k,
-        }
-        return _Operand(Weight(w, *w.stride(), 0, up), w, policies, k)
-    form, k = w.format, w.shape[2]
-    block_n, block_k_of_scale = form.block
-    native = multiply == form.element
-    in_weights = block_k_of_scale != 0 and block_n == 1 and inputs is None and block_k > block_k_of_scale
-    in_weights = in_weights or form.inputs is not None and form.inputs.mode != "group" and block_k_of_scale != 0
-    in_step = block_k_of_scale != 0 and not in_weights
+        policies |= {"STEP": step.dense, "DECODE": decode.as_they_are, "ELEMENT": None, "FINISH": scales.nothing}
+        return _Operand(Weight(*_cube(w), 0, up), w, policies, k)
+    form = w.format
+    block_n, block_k = form.block
+    own_groups = block_k != 0 and not (form.inputs is not None and form.inputs.mode == "group")
+    in_weights = own_groups and block_n == 1 and config.block_k > block_k
+    in_step = block_k != 0 and not in_weights
     scale = _bytes(w.scale) if form.scale in ("e8m0", "e4m3") else w.scale
     phase = up if w.parts == 1 and block_n else 0
-    scales = BlockScale(
-        scale,
-        *scale.stride(),
-        w.scale.shape[1] // 2 if w.parts == 2 and up else 0,
-        phase,
-        tl.constexpr(block_n),
-        tl.constexpr(block_k_of_scale or k),
-        tl.constexpr(form.scale),
-        tl.constexpr(block_n > 1 and block_n % wide == 0 and phase % wide == 0),
-    )
-    zero = None
-    if w.zero is not None:
-        zero = Zeros(w.zero, *w.zero.stride(), up, tl.constexpr(form.per_byte))
-    data = w.data if native or form.element in ("int8",) else _bytes(w.data)
     weight = Weight(
-        data,
-        *data.stride(),
+        *_cube(w.data),
         0,
         up,
-        step_scale=scales if block_k_of_scale else None,
-        final_scale=None if block_k_of_scale else scales,
-        zero=zero,
+        scale=BlockScale(
+            *_cube(scale),
+            w.scale.shape[1] // 2 if w.parts == 2 and up else 0,
+            phase,
+            tl.constexpr(block_n),
+            tl.constexpr(block_k or k),
+            tl.constexpr(form.scale),
+            tl.constexpr(block_n == 0 or block_n > 1 and block_n % wide == 0 and phase % wide == 0),
+        ),
+        scale_at=tl.constexpr("step" if block_k else "end"),
         tensor_scale=w.tensor_scale,
     )
-    element = {"int8": decode.signed, "uint8": decode.unsigned, "int4": decode.unsigned}.get(form.element)
-    stride = math.ceil(block_k_of_scale / block_k) * block_k if in_step else k
-    group = block_k_of_scale if in_step else k
-    policies = {
+    policies |= {
         "STEP": step.scaled_product if in_step else step.product,
-        "DECODE": decode.as_they_are if native else decode.decoded_and_scaled if in_weights else decode.decoded,
-        "ELEMENT": element or getattr(decode, form.element),
-        "FINISH": step.scales,
-        "MATH": math_type,
+        "FINISH": scales.finish,
         "ACCUMULATE": tl.int32 if multiply == "int8" and not in_step else tl.float32,
         "SHIFT": float(ELEMENTS[form.element].zero),
-        "PER_BYTE": form.per_byte,
-        "GROUP": group,
-        "STRIDE": stride,
+        "PER_ITEM": form.per_byte,
+        "DECODE": decode.as_they_are,
+        "ELEMENT": None,
     }
-    return _Operand(weight, data, policies, k if group == stride else math.ceil(k / group) * stride)
+    if block_k:
+        policies["LOAD_SCALES"] = scales.of_groups if in_weights else scales.of_step
+        policies["AHEAD"] = own_groups
+    if w.zero is not None:
+        weight = weight._replace(zero=Zeros(*_cube(w.zero), up, tl.constexpr(form.per_byte)))
+        policies["SHIFT"] = None
+        if not block_k:
+            policies["LOAD_SCALES"] = scales.zeros_alone
+    data = w.data
+    if config.words:
+        data = w.data.view(torch.int32)
+        policies |= {
+            "DECODE": words.decoded_and_scaled if in_weights else words.decoded,
+            "ELEMENT": words.assembly(
+                form.element,
+                multiply,
+                zero=None if w.zero is not None else ELEMENTS[form.element].zero,
+                scaled=in_weights,
+            ),
+            "PER_ITEM": 4 * form.per_byte,
+        }
+    elif multiply != form.element:
+        data = w.data if form.element == "int8" else _bytes(w.data)
+        element = {"int8": decode.signed, "uint8": decode.unsigned, "int4": decode.unsigned}.get(form.element)
+        policies |= {
+            "DECODE": decode.decoded_and_scaled if in_weights else decode.decoded,
+            "ELEMENT": element or getattr(decode, form.element),
+        }
+    weight = weight._replace(ptr=data, stride_e=data.stride(0), stride_n=data.stride(1), stride_k=data.stride(2))
+    if in_step:
+        policies |= {"GROUP": block_k, "STRIDE": math.ceil(block_k / config.block_k) * config.block_k}
+    k_end = k if policies["GROUP"] == policies["STRIDE"] else math.ceil(k / block_k) * policies["STRIDE"]
+    return _Operand(weight, data, policies, k_end)
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:
@@ -587,11 +666,10 @@ def _launch(
 ) -> None:
     _, n, k = w.shape
     wide = config.block_n * (2 if gate_up_layout == "interleaved" else 1)
-    inputs = w.format.inputs if isinstance(w, ExpertMatrix) else None
-    operand = _operand(w, multiply, up, wide, config.block_k, inputs)
+    operand = _operand(w, multiply, up, wide, config)
     w_desc, load_w, weight = None, load.weight_by_pointer, operand.weight
     if config.maps != "none":
-        w_desc, per_expert, load_w = _weight_map(operand.data, config, wide, operand.policies["PER_BYTE"])
+        w_desc, per_expert, load_w = _weight_map(operand.data, config, wide, operand.policies["PER_ITEM"])
         weight = weight._replace(rows_per_expert=per_expert)
     x_desc, load_x = None, load.rows_by_pointer
     if config.maps == "xw":

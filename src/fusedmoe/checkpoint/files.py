@@ -14,7 +14,7 @@ import torch
 
 from fusedmoe.errors import CheckpointError, MissingDependencyError, explain
 
-#: Types that are read; every other type is taken for a quantised one.
+#: Types of weights that are not quantised, as safetensors names them.
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 
 CONVERT_AGAIN = "Download or convert the checkpoint again."
@@ -124,39 +124,39 @@ class Files:
         """The first of prefix + suffix that exists."""
         return next((prefix + suffix for suffix in suffixes if prefix + suffix in self._file_of), None)
 
-    def header(self, name: str) -> tuple[tuple[int, ...], torch.dtype | None]:
-        """Shape and type of a tensor, None for a type that is not float; no data is read."""
+    def header(self, name: str) -> tuple[tuple[int, ...], str]:
+        """Shape and type of a tensor, as safetensors names it; no data is read."""
         file = self._file_of[name]
         with _broken_file(self.directory / file):
             tensor = self._handle(file).get_slice(name)
-            return tuple(tensor.get_shape()), FLOATS.get(tensor.get_dtype())
+            return tuple(tensor.get_shape()), tensor.get_dtype()
 
-    def copy(self, name: str, out: torch.Tensor, *, part: int | None = None) -> None:
-        """Copy a tensor, or ``tensor[part]``, into ``out`` of the same shape."""
+    def read(self, name: str, index: tuple[int | slice, ...] = ()) -> torch.Tensor:
+        """``tensor[index]``; no more than that is read. It lies in the file: copy it before the files are closed."""
         file = self._file_of[name]
         with _broken_file(self.directory / file):
             handle = self._handle(file)
-            out.copy_(handle.get_tensor(name) if part is None else handle.get_slice(name)[part])
+            tensor: torch.Tensor = handle.get_slice(name)[index] if index else handle.get_tensor(name)
+            return tensor
 
     def tensor(
         self, name: str, shape: tuple[int | None, ...], dtype: torch.dtype | None, device: str | torch.device
     ) -> torch.Tensor:
         """A tensor that must have this shape, with any size where it says None, in memory of its own."""
-        got, stored_dtype = self.header(name)
+        got, kind = self.header(name)
+        stored_dtype = FLOATS.get(kind)
         fits = len(got) == len(shape) and all(want in (None, size) for want, size in zip(shape, got, strict=True))
         if not fits or stored_dtype is None:
             raise error(
                 f"tensor {name}",
-                got=f"shape {got} of {stored_dtype or 'a type that is not float'}",
+                got=f"shape {got} of {stored_dtype or f'{kind}, a type that is not float'}",
                 wanted=f"floats of shape {tuple('any' if want is None else want for want in shape)}",
                 do=CONVERT_AGAIN,
             )
-        out = torch.empty(got, dtype=dtype or stored_dtype, device=device)
-        self.copy(name, out)
-        return out
+        return torch.empty(got, dtype=dtype or stored_dtype, device=device).copy_(self.read(name))
 
-    def block(self, layer: int) -> str:
-        """Prefix of the names of one layer's mixture: what comes before ``experts.``."""
+    def blocks(self) -> tuple[dict[int, set[str]], set[int]]:
+        """Of each layer with experts the prefixes of its mixtures, what comes before ``experts.``; and all layers."""
         blocks: dict[int, set[str]] = {}
         layers: set[int] = set()
         for name in self._file_of:
@@ -166,6 +166,11 @@ class Files:
                 # Heads that predict further tokens number their layers anew, from 0.
                 if (block := _BLOCK.search(name, found.end() - 1)) and "mtp" not in name.split("."):
                     blocks.setdefault(number, set()).add(name[: block.end()])
+        return blocks, layers
+
+    def block(self, layer: int) -> str:
+        """Prefix of the names of one layer's mixture."""
+        blocks, layers = self.blocks()
         if layer not in blocks:
             raise error(
                 f"layer {layer} of {self.directory}",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from fusedmoe.checkpoint.files import CONVERT_AGAIN, error
-from fusedmoe.errors import CheckpointError, OptionError
+from fusedmoe.errors import OptionError
 from fusedmoe.spec.activation import Activation
 
 #: config.hidden_act -> activation; the tanh names are one function in exact arithmetic.
@@ -111,13 +111,6 @@ def model_type_of(config: dict[str, Any]) -> str:
     return str(config.get("model_type")).removesuffix("_text")
 
 
-def refuse_quantised(config: dict[str, Any]) -> None:
-    """Raise when config.json says that the weights are quantised."""
-    if quantisation := config.get("quantization_config"):
-        method = quantisation.get("quant_method") if isinstance(quantisation, dict) else quantisation
-        raise quantised_error(f"quantization_config with method {method!r} in config.json")
-
-
 def activation_of(config: dict[str, Any], *, gated: bool) -> Activation:
     """The activation of the experts."""
     # Where a model has several of these keys, the special one is the one its code uses.
@@ -179,12 +172,3 @@ def rule_of(config: dict[str, Any]) -> RoutingRule:
         routed_scaling_factor=float(factor),
     )
 
-
-def quantised_error(got: str) -> CheckpointError:
-    """The error for a checkpoint whose experts are quantised."""
-    return error(
-        "quantised experts",
-        got=got,
-        wanted="float32, float16, bfloat16 or float64 weights",
-        do="This version reads unquantised checkpoints only: dequantise it, or take the original.",
-    )

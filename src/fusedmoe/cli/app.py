@@ -140,6 +140,7 @@ def explain_command(
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
     activation: Annotated[str, typer.Option(help="Name of the activation.")] = "silu",
     weight_layout: Annotated[str, typer.Option(help="Storage of the experts, NK or KN.")] = "NK",
+    scheme: Annotated[str, typer.Option(help="Quantisation scheme of the experts; see README.md.")] = "none",
     arch: Annotated[
         str | None, typer.Option(help="sm_75, sm_80, sm_86, sm_89, sm_90, sm_100, gfx942 or cpu; this device.")
     ] = None,
@@ -167,6 +168,7 @@ def explain_command(
         dtype=dtype_of(dtype),
         activation=activation,
         weight_layout=weight_layout,
+        scheme=scheme,
         arch=arch,
         backend=backend,
     )
@@ -218,39 +220,56 @@ def bench(
     ] = None,
     tokens: Annotated[str | None, typer.Option(help="Numbers of tokens, such as 1,8,32.")] = None,
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    scheme: Annotated[
+        list[str] | None, typer.Option(help="Quantisation scheme of the experts, or none; repeatable; none.")
+    ] = None,
     device: Device = None,
     backend: Backend = None,
-    beside: Annotated[Path | None, typer.Option(help="Figures of another library, as in benchmarks/peers.")] = None,
+    beside: Annotated[
+        list[Path] | None, typer.Option(help="Figures of another library, as in benchmarks/peers; repeatable.")
+    ] = None,
     json: Annotated[str | None, typer.Option(metavar="FILE", help="Write JSON there; - is stdout, alone.")] = None,
 ) -> None:
     """Time the layer at the sizes of known models: microseconds, TFLOP/s, multiple of the floor. Verified first."""
     from fusedmoe import bench as benchmark
     from fusedmoe.cli import show
     from fusedmoe.cli.environment import name_of, versions
+    from fusedmoe.plan.floor import types_of
+    from fusedmoe.target import target_of
 
     where, kind = _device(device), benchmark.dtype_of(dtype)
     shapes = [benchmark.shape_of(name) for name in shape or benchmark.SHAPES]
     counts = benchmark.TOKENS_CPU if where.type == "cpu" else benchmark.TOKENS
     if tokens is not None:
         counts = tuple(_integers("--tokens", tokens))
-    peer = None if beside is None else benchmark.read_peer(beside)
-    ceilings = benchmark.measure_ceilings(where, kind)
+    schemes = scheme or ["none"]
+    peers = [benchmark.read_peer(path) for path in beside or ()]
+    target = target_of(where)
+    types: set[str] = set()
+    for one in shapes:
+        for name in schemes:
+            problem = benchmark.problem_of(one, counts[0], kind, form=benchmark.format_for(name, one))
+            types.update(types_of(problem, target))
+    ceilings = benchmark.measure_ceilings(where, types)
     quiet = json == "-"
     if not quiet:
-        show.ceilings(ceilings, name_of(where), peer)
+        show.ceilings(ceilings, name_of(where), types, peers)
     rows = []
-    for one in shapes:
-        fresh = list(benchmark.bench(one, counts, dtype=kind, device=where, ceilings=ceilings, backend=backend))
-        rows += fresh
-        if not quiet:
-            show.rows(fresh, peer)
+    for name in schemes:
+        for one in shapes:
+            fresh = list(
+                benchmark.bench(one, counts, dtype=kind, device=where, ceilings=ceilings, backend=backend, scheme=name)
+            )
+            rows += fresh
+            if not quiet:
+                show.rows(fresh, peers)
     if json is not None:
         found = {
             "versions": versions(),
             "device": name_of(where),
             "ceilings": asdict(ceilings),
-            "rows": [{**asdict(row), **show.beside(row, peer)} for row in rows],
-            "beside": None if peer is None else {"name": peer.name, "device": peer.device, "source": peer.source},
+            "rows": [{**asdict(row), **show.beside(row, peers)} for row in rows],
+            "beside": [{key: getattr(peer, key) for key in ("name", "device", "scheme", "source")} for peer in peers],
         }
         if quiet:
             typer.echo(_json(found))

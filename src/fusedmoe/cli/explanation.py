@@ -9,10 +9,10 @@ import torch
 
 from fusedmoe import backends
 from fusedmoe.backends.workspace import layout_bytes
-from fusedmoe.bench import Shape, default_device, measure_ceilings, problem_of
+from fusedmoe.bench import Shape, default_device, format_for, measure_ceilings, problem_of
 from fusedmoe.errors import OptionError, explain
 from fusedmoe.plan.config import Plan
-from fusedmoe.plan.floor import H200, Floor, floor_of
+from fusedmoe.plan.floor import H200, Floor, floor_of, types_of
 from fusedmoe.plan.planner import choose, support
 from fusedmoe.spec.layout import WeightLayout
 from fusedmoe.spec.problem import Problem
@@ -41,13 +41,14 @@ def explain_call(
     dtype: torch.dtype,
     activation: str = "silu",
     weight_layout: str = "NK",
+    scheme: str = "none",
     arch: str | None = None,
     backend: str | None = None,
 ) -> dict[str, Any]:
     """Everything that ``fusedmoe explain`` prints.
 
     Raises:
-        OptionError: unknown arch, activation, layout or backend.
+        OptionError: unknown arch, activation, layout, scheme or backend, or a scheme that does not fit the sizes.
         UnsupportedError: the backend that was asked for does not take the call.
     """
     device = default_device()
@@ -59,12 +60,20 @@ def explain_call(
                 explain("--arch", got=repr(arch), wanted=", ".join(ARCHS), do="Leave it out for this device.")
             )
         kind, target = ARCHS[arch]
-    problem = problem_of(shape, tokens, dtype, activation=activation, weight_layout=cast("WeightLayout", weight_layout))
+    problem = problem_of(
+        shape,
+        tokens,
+        dtype,
+        activation=activation,
+        weight_layout=cast("WeightLayout", weight_layout),
+        form=format_for(scheme, shape),
+    )
     plan = choose(problem, target, backend)
-    floor, source = _floor(problem, target, device if target == here else None, dtype)
+    floor, source = _floor(problem, target, device if target == here else None)
     return {
         "target": {"like": kind, **asdict(target)},
         "problem": asdict(problem),
+        "weights": _weights(problem, target),
         "backend": plan.backend,
         "why": plan.why,
         "others": _others(problem, target, plan),
@@ -75,14 +84,26 @@ def explain_call(
     }
 
 
-def _floor(
-    problem: Problem, target: Target, device: torch.device | None, dtype: torch.dtype
-) -> tuple[Floor | None, str]:
+def _weights(problem: Problem, target: Target) -> dict[str, dict[str, Any]]:
+    """Format of each matrix, bytes of a weight with its share of scales, and the type that it is multiplied in."""
+    types = types_of(problem, target)
+    found = {}
+    for name, gemm, kind in zip(("w13", "w2"), (problem.gate_up_gemm, problem.down_gemm), types, strict=True):
+        found[name] = {
+            "format": problem.dtype if gemm.format is None else str(gemm.format),
+            "bytes_per_weight": problem.itemsize if gemm.format is None else gemm.format.bits_per_weight() / 8,
+            "multiplied_as": kind,
+        }
+    return found
+
+
+def _floor(problem: Problem, target: Target, device: torch.device | None) -> tuple[Floor | None, str]:
     uniform = "expected distinct experts under uniform routing"
     if device is not None:
-        return floor_of(problem, measure_ceilings(device, dtype)), f"ceilings measured here, now; {uniform}"
+        ceilings = measure_ceilings(device, types_of(problem, target))
+        return floor_of(problem, target, ceilings), f"ceilings measured here, now; {uniform}"
     if target == ARCHS["sm_90"][1]:
-        return floor_of(problem, H200[problem.dtype]), f"nominal ceilings of an H200, not measured here; {uniform}"
+        return floor_of(problem, target, H200), f"nominal ceilings of an H200, not measured here; {uniform}"
     return None, "unknown: the ceilings of this device have to be measured on one"
 
 
@@ -115,10 +136,18 @@ def _launches(problem: Problem, plan: Plan) -> list[dict[str, Any]]:
     how = plan.triton
     several = "base" in (_layout(problem, plan) or {})  # the table of a sort in more than one chunk
     sort = [] if how.few else ["count", "offsets", "scatter"] if several else ["route_one_chunk"]
+    tokens, hidden = (form.inputs if form else None for form in (problem.w13_format, problem.w2_format))
     return [
         *({"kernel": name} for name in sort),
+        *([{"kernel": f"{_quantise(tokens.mode)}, hidden states"}] if tokens else []),
         *([{"kernel": "gather"}] if how.gather else []),
         {"kernel": "grouped_gemm, gate-up and activation", "config": asdict(how.gate_up)},
+        *([{"kernel": f"{_quantise(hidden.mode)}, intermediate"}] if hidden and how.requantise == "kernel" else []),
         {"kernel": "grouped_gemm, down and router weight", "config": asdict(how.down)},
         {"kernel": "combine", "config": {"block_h": how.combine_block}},
     ]
+
+
+def _quantise(mode: str) -> str:
+    """The kernels that make codes of rows."""
+    return {"group": "quantise_groups", "tensor": "zero, amax, quantise_rows"}.get(mode, "quantise_rows")

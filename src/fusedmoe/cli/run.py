@@ -16,7 +16,7 @@ from fusedmoe.checks import check
 from fusedmoe.cli.sample import VOCABULARY, transformers, write_sample
 from fusedmoe.errors import CheckpointError, OptionError, ShapeError, explain
 from fusedmoe.functional import fused_experts
-from fusedmoe.plan.floor import floor_of
+from fusedmoe.plan.floor import floor_of, types_of
 from fusedmoe.plan.planner import choose
 from fusedmoe.target import target_of
 from fusedmoe.testing.verify import verify
@@ -123,7 +123,8 @@ def _run(directory: Path, name: str, job: Job) -> Report:
         _save(job.output, {"output": out, "hidden_states": x, "topk_weights": topk.weights, "topk_ids": topk.ids})
     us = time_us(lambda: fused_experts(*arguments, backend=backend, **options), device, graph=plan.backend != "torch")
     distinct = int(topk.ids.unique().numel())
-    floor = floor_of(problem, measure_ceilings(device, x.dtype), distinct=distinct)
+    target = target_of(device)
+    floor = floor_of(problem, target, measure_ceilings(device, types_of(problem, target)), distinct=distinct)
     return Report(
         checkpoint=name,
         layer=job.layer,

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from fusedmoe.bench import Peer, Row
-from fusedmoe.cli.run import Report
 from fusedmoe.plan.floor import Ceilings
 from fusedmoe.selftest import Result
+
+if TYPE_CHECKING:
+    from fusedmoe.cli.run import Report
 
 
 def _console() -> Console:
@@ -61,6 +63,10 @@ def explanation(found: dict[str, Any]) -> None:
         f"{target['shared_bytes']} bytes of shared memory",
         "call": f"T {problem['tokens']}, E {problem['experts']}, top_k {problem['top_k']}, H {problem['hidden']}, "
         f"I {problem['intermediate']}, {problem['dtype']}, {problem['activation']['name']}",
+        "weights": "; ".join(
+            f"{name} {one['format']}, {one['bytes_per_weight']:.3g} bytes each, multiplied as {one['multiplied_as']}"
+            for name, one in found["weights"].items()
+        ),
         "backend": f"{found['backend']}: {found['why']}",
         **{f"not {name}": "; ".join(reasons) for name, reasons in found["others"].items()},
         "workspace": "unknown without the backend's package"
@@ -102,33 +108,44 @@ def capability(result: Result) -> None:
     _console().print(f"{mark}  {escape(result.name):<32}{error}  {escape(result.detail)}".rstrip(), soft_wrap=True)
 
 
-def ceilings(found: Ceilings, device: str, peer: Peer | None) -> None:
+def ceilings(found: Ceilings, device: str, types: Iterable[str], peers: Sequence[Peer]) -> None:
     """What ``fusedmoe bench`` measured before anything else."""
+    rates = [
+        f"{kind} {found.tflops[kind]:.3g} TFLOP/s" if kind in found.tflops else f"{kind} unknown, PyTorch has none here"
+        for kind in sorted(types)
+    ]
     _facts(
         "fusedmoe bench",
         {
             "device": device,
-            "ceilings": f"copy {found.bandwidth_gbps:.0f} GB/s read + written, "
-            f"matrix product {found.tflops:.3g} TFLOP/s, empty launch {found.launch_us:.1f} µs",
+            "ceilings": f"copy {found.bandwidth_gbps:.0f} GB/s read + written, matrix product {', '.join(rates)}, "
+            f"empty launch {found.launch_us:.1f} µs",
             "floor": "max(weights of the distinct experts / copy, flops / matrix product) + empty launch",
-            **({} if peer is None else {peer.name: f"{peer.device}, {peer.dtype}. {peer.source}"}),
+            **{
+                f"{peer.name}, {peer.scheme or peer.dtype}": f"{peer.device}, {peer.dtype}. {peer.source}"
+                for peer in peers
+            },
         },
     )
 
 
-def beside(row: Row, peer: Peer | None) -> dict[str, float | None]:
-    """A peer's figure for a row, and how many times faster the row is."""
-    us = peer.us.get((row.shape, row.tokens)) if peer is not None and peer.dtype == row.dtype else None
-    return {"peer_us": us, "faster_than_peer": None if us is None or row.us is None else us / row.us}
+def beside(row: Row, peers: Sequence[Peer]) -> dict[str, Any]:
+    """The figure for a row of the first peer that has one, and how many times faster the row is."""
+    for peer in peers:
+        us = peer.us.get((row.shape, row.tokens))
+        if us is not None and (peer.dtype, peer.scheme) == (row.dtype, row.scheme):
+            return {"peer": peer.name, "peer_us": us, "faster_than_peer": None if row.us is None else us / row.us}
+    return {"peer": None, "peer_us": None, "faster_than_peer": None}
 
 
-def rows(found: Sequence[Row], peer: Peer | None) -> None:
-    """The rows of one shape."""
+def rows(found: Sequence[Row], peers: Sequence[Peer]) -> None:
+    """The rows of one shape and scheme."""
     table = Table(box=None, padding=(0, 2, 0, 0))
-    heads = ["shape", "T", "µs", "TFLOP/s", "floor µs", "x floor", "error"]
-    heads += [] if peer is None else [f"{peer.name} µs", "times faster"]
+    heads = ["shape", "format", "T", "µs", "TFLOP/s", "floor µs", "x floor", "error"]
+    heads += ["peer", "peer µs", "times faster"] if peers else []
     for head in [*heads, "backend"]:
-        table.add_column(head, justify="left" if head in ("shape", "backend") else "right", no_wrap=True)
+        left = head in ("shape", "format", "peer", "backend")
+        table.add_column(head, justify="left" if left else "right", no_wrap=True)
     table.add_column("config", overflow="fold")
     for row in found:
         if row.us is None or row.tflops is None:
@@ -136,10 +153,10 @@ def rows(found: Sequence[Row], peer: Peer | None) -> None:
         else:
             figures = [f"{row.us:.1f}", f"{row.tflops:.3g}", f"{row.floor_us:.1f}", f"{row.times_floor:.2f}"]
             figures += [f"{row.error:.1e}"]
-        if peer is not None:
-            other = beside(row, peer)
-            figures += ["" if value is None else f"{value:.2f}" for value in other.values()]
-        table.add_row(row.shape, str(row.tokens), *figures, row.backend, escape(row.config))
+        if peers:
+            name, *numbers = beside(row, peers).values()
+            figures += [name or "", *("" if value is None else f"{value:.2f}" for value in numbers)]
+        table.add_row(row.shape, row.format or row.dtype, str(row.tokens), *figures, row.backend, escape(row.config))
     # A file has no width of its own; there a row stays on its line.
     console = _console()
     (console if console.is_terminal else Console(highlight=False, width=320)).print(table)

@@ -17,6 +17,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fusedmoe.kernels.scales import of_rows
+
 
 # The ids carry S, which changes from call to call: it must not decide which variant is compiled.
 @triton.jit(do_not_specialize=["ids"])
@@ -25,12 +27,13 @@ def grouped_gemm(
     x_desc, w_desc,  # tensor maps, or None
     k_end,  # K (padded by STRIDE) at run time: a constant trip count makes LLVM unroll short loops until they spill
     WAIT: tl.constexpr, RELEASE: tl.constexpr, SPAN: tl.constexpr, LOCATE: tl.constexpr,
-    LOAD_X: tl.constexpr, LOAD_W: tl.constexpr, STEP: tl.constexpr, DECODE: tl.constexpr, ELEMENT: tl.constexpr,
-    FINISH: tl.constexpr, EPILOGUE: tl.constexpr, ACTIVATION: tl.constexpr, GATE_UP: tl.constexpr, STORE: tl.constexpr,
-    ENCODE: tl.constexpr, LARGEST: tl.constexpr, OUT_GROUP: tl.constexpr,
+    LOAD_X: tl.constexpr, LOAD_W: tl.constexpr, LOAD_SCALES: tl.constexpr, AHEAD: tl.constexpr,
+    STEP: tl.constexpr, DECODE: tl.constexpr, ELEMENT: tl.constexpr, FINISH: tl.constexpr,
+    EPILOGUE: tl.constexpr, ACTIVATION: tl.constexpr, GATE_UP: tl.constexpr, STORE: tl.constexpr,
+    ARRANGE: tl.constexpr, ENCODE: tl.constexpr, LARGEST: tl.constexpr, OUT_GROUP: tl.constexpr,
     N: tl.constexpr, K: tl.constexpr,  # rows of w, inner size
     GROUP: tl.constexpr, STRIDE: tl.constexpr,  # steps stay within GROUP columns of K, which take STRIDE; or K and K
-    MATH: tl.constexpr, ACCUMULATE: tl.constexpr, SHIFT: tl.constexpr, PER_BYTE: tl.constexpr, SWAP: tl.constexpr,
+    MATH: tl.constexpr, ACCUMULATE: tl.constexpr, SHIFT: tl.constexpr, PER_ITEM: tl.constexpr, SWAP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr, FEW: tl.constexpr, FLATTEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -48,10 +51,8 @@ def grouped_gemm(
         index = row if x.per is None else slot // x.per
         # The row of scales; codes may have been copied into sorted rows, and their scales not.
         scale_row = index
-        if x.step_scale is not None:
-            scale_row = row if x.step_scale.per is None else slot // x.step_scale.per
-        if x.final_scale is not None:
-            scale_row = row if x.final_scale.per is None else slot // x.final_scale.per
+        if x.scale_at is not None:
+            scale_row = row if x.scale.per == 0 else slot // x.scale.per
         n0 = block_n * WIDE
         n = n0 + tl.arange(0, WIDE)
         inside = n < PART_COLUMNS
@@ -59,6 +60,10 @@ def grouped_gemm(
         acc = tl.zeros((ROWS, BLOCK_M + WIDE - ROWS), ACCUMULATE)
         if GATE_UP == "concatenated":
             acc_up = tl.zeros((ROWS, BLOCK_M + WIDE - ROWS), ACCUMULATE)
+        if AHEAD:  # too small for asynchronous copies, scales are loaded a step before they are needed
+            s, z = LOAD_SCALES(w, expert, n, n0, inside, row0 * 0, 0, K, BLOCK_K)
+            if GATE_UP == "concatenated":
+                s_up, z_up = LOAD_SCALES(w, expert, n, n0, inside, row0 * 0, 1, K, BLOCK_K)
         tl.assume(k_end > 0)  # without it ptxas may serialise WGMMA, one wait per K step
         for k in tl.range(0, k_end, BLOCK_K):
             k0, limit = tl.cast(k, tl.int32), K
@@ -66,17 +71,27 @@ def grouped_gemm(
                 limit = tl.minimum(k0 // STRIDE * GROUP + GROUP, K)
                 k0 = k0 // STRIDE * GROUP + k0 % STRIDE
             a = LOAD_X(x, x_desc, index, live, row0, k0, limit, MASKED, BLOCK_M, BLOCK_K)
-            b = LOAD_W(w, w_desc, expert, n0, k0, limit, N, MASKED, WIDE, BLOCK_K, PER_BYTE, RAGGED)
-            acc = STEP(
-                acc, a, b, x, w, scale_row, live, expert, n, n0, inside, k0, 0, DECODE, MATH, ELEMENT, SHIFT, PER_BYTE,
-                SWAP, K, WIDE, BLOCK_K, PRECISION,
-            )  # fmt: skip
+            b = LOAD_W(w, w_desc, expert, n0, k0, limit, N, MASKED, WIDE, BLOCK_K, PER_ITEM, RAGGED)
+            r = of_rows(x, scale_row, live, k0, GROUP)
+            if AHEAD:
+                s_next, z_next = LOAD_SCALES(w, expert, n, n0, inside, k0 + BLOCK_K, 0, K, BLOCK_K)
+            else:
+                s, z = LOAD_SCALES(w, expert, n, n0, inside, k0, 0, K, BLOCK_K)
+            acc = STEP(acc, a, b, s, z, r, x, w, DECODE, MATH, ELEMENT, SHIFT, PER_ITEM, SWAP, WIDE, BLOCK_K, PRECISION)
+            if AHEAD:
+                s, z = s_next, z_next
             if GATE_UP == "concatenated":
-                b = LOAD_W(w, w_desc, expert, w.up + n0, k0, limit, N, MASKED, WIDE, BLOCK_K, PER_BYTE, RAGGED)
+                b = LOAD_W(w, w_desc, expert, w.up + n0, k0, limit, N, MASKED, WIDE, BLOCK_K, PER_ITEM, RAGGED)
+                if AHEAD:
+                    s_up_next, z_up_next = LOAD_SCALES(w, expert, n, n0, inside, k0 + BLOCK_K, 1, K, BLOCK_K)
+                else:
+                    s_up, z_up = LOAD_SCALES(w, expert, n, n0, inside, k0, 1, K, BLOCK_K)
                 acc_up = STEP(
-                    acc_up, a, b, x, w, scale_row, live, expert, n, n0, inside, k0, 1, DECODE, MATH, ELEMENT, SHIFT,
-                    PER_BYTE, SWAP, K, WIDE, BLOCK_K, PRECISION,
+                    acc_up, a, b, s_up, z_up, r, x, w, DECODE, MATH, ELEMENT, SHIFT, PER_ITEM, SWAP, WIDE,
+                    BLOCK_K, PRECISION,
                 )  # fmt: skip
+                if AHEAD:
+                    s_up, z_up = s_up_next, z_up_next
 
         if SWAP:
             acc = tl.trans(acc)
@@ -98,4 +113,4 @@ def grouped_gemm(
 
         dest = slot if out.by_slot else row
         column = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
-        STORE(result, out, dest, live, column, COLUMNS, BLOCK_M, BLOCK_N, ENCODE, LARGEST, OUT_GROUP)
+        STORE(result, out, dest, live, column, COLUMNS, BLOCK_M, BLOCK_N, ARRANGE, ENCODE, LARGEST, OUT_GROUP)

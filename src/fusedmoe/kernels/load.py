@@ -1,8 +1,8 @@
 """Loads of a K step of the left and the right operand: by pointer (any strides) or by tensor map (sm_90+).
 
 Left operand:  ``f(x, desc, index, live, row, k0, limit, MASKED, BLOCK_M, BLOCK_K) -> [BLOCK_M, BLOCK_K]``.
-Right operand: ``f(w, desc, expert, n0, k0, limit, N, MASKED, BLOCK_N, BLOCK_K, PER_BYTE, RAGGED)
--> [BLOCK_K / PER_BYTE, BLOCK_N]``; with two codes in a byte, bytes of codes.
+Right operand: ``f(w, desc, expert, n0, k0, limit, N, MASKED, BLOCK_N, BLOCK_K, PER_ITEM, RAGGED)
+-> [BLOCK_K / PER_ITEM, BLOCK_N]``; an item holds PER_ITEM codes.
 
 Elements outside K are 0 on both sides (MASKED: the step may reach past ``limit``); elements outside N, and rows that
 are not live, may be anything finite or not: a row or column of a product depends on no other, and neither is ever
@@ -37,14 +37,14 @@ def rows_by_map(
 @triton.jit
 def weight_by_pointer(
     w, desc, expert, n0, k0, limit, N: tl.constexpr, MASKED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    PER_BYTE: tl.constexpr, RAGGED: tl.constexpr,
+    PER_ITEM: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
     n = n0 + tl.arange(0, BLOCK_N)
-    k = k0 // PER_BYTE + tl.arange(0, BLOCK_K // PER_BYTE)
+    k = k0 // PER_ITEM + tl.arange(0, BLOCK_K // PER_ITEM)
     base = w.ptr + expert.to(tl.int64) * w.stride_e
     address = base + n.to(tl.int64)[None, :] * w.stride_n + k.to(tl.int64)[:, None] * w.stride_k
     if MASKED:
-        return tl.load(address, mask=(k < limit // PER_BYTE)[:, None] & (n < N)[None, :], other=0.0)
+        return tl.load(address, mask=(k < limit // PER_ITEM)[:, None] & (n < N)[None, :], other=0.0)
     elif RAGGED:
         return tl.load(address, mask=(n < N)[None, :], other=0.0)
     else:
@@ -54,14 +54,14 @@ def weight_by_pointer(
 @triton.jit
 def weight_by_map_nk(
     w, desc, expert, n0, k0, limit, N: tl.constexpr, MASKED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    PER_BYTE: tl.constexpr, RAGGED: tl.constexpr,
+    PER_ITEM: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
-    return desc.load([expert * w.rows_per_expert + n0, k0 // PER_BYTE]).T
+    return desc.load([expert * w.rows_per_expert + n0, k0 // PER_ITEM]).T
 
 
 @triton.jit
 def weight_by_map_kn(
     w, desc, expert, n0, k0, limit, N: tl.constexpr, MASKED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    PER_BYTE: tl.constexpr, RAGGED: tl.constexpr,
+    PER_ITEM: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
     return desc.load([expert * w.rows_per_expert + k0, n0])

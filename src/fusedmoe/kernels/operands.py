@@ -1,4 +1,5 @@
-"""Operands: pointers that travel with their strides. A field that may be None is pruned with ``is None``.
+"""Operands: pointers that travel with their strides. A field that may be None is pruned with ``is None``; one that
+holds a tuple is not compared (Triton 3.6 cannot), a constant beside it says what it is for.
 
 Strides are in elements. Whatever the storage order, expert matrices are seen as [E, N, K]: storage
 [E, K, N] is the same operand with other strides, and interleaved gate/up rows are a row step of 2.
@@ -38,7 +39,7 @@ class RowScale(NamedTuple):
     ptr: object
     stride_row: object
     stride_group: object
-    per: object  #       slots that share a row of scales (constexpr); None: one per sorted row
+    per: object  #       slots that share a row of scales (constexpr); 0: one per sorted row
 
 
 class Rows(NamedTuple):
@@ -48,8 +49,8 @@ class Rows(NamedTuple):
     stride_row: object
     stride_k: object
     per: object
-    step_scale: object = None  #   RowScale per group of K, applied to each step's product; or None
-    final_scale: object = None  #  RowScale per row, applied to the sum; or None
+    scale: object = None  #       RowScale, or None
+    scale_at: object = None  #    constexpr: "step": per group of K, applied to its product; "end": per row, to the sum
 
 
 class BlockScale(NamedTuple):
@@ -89,8 +90,8 @@ class Weight(NamedTuple):
     stride_k: object
     rows_per_expert: object  # rows of a tensor map from one expert to the next
     up: object  #              row of the first up row when gate and up are concatenated, else 0
-    step_scale: object = None  #   BlockScale used inside of the loop over K, or None
-    final_scale: object = None  #  BlockScale of whole rows, applied to the sum, or None
+    scale: object = None  #        BlockScale, or None
+    scale_at: object = None  #     constexpr: "step": used inside of the loop over K; "end": of whole rows, for the sum
     zero: object = None  #         Zeros, or None
     tensor_scale: object = None  # [E] float32, or None
 

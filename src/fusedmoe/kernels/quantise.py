@@ -73,8 +73,8 @@ def amax(
 @triton.jit(do_not_specialize=["ids"])
 def quantise_rows(
     ids, schedule, x, codes, stride_row, scale, amax_ptr, static_ptr,
-    WAIT: tl.constexpr, RELEASE: tl.constexpr, LIVE: tl.constexpr, ENCODE: tl.constexpr, LARGEST: tl.constexpr,
-    K: tl.constexpr, BLOCK_K: tl.constexpr,
+    WAIT: tl.constexpr, RELEASE: tl.constexpr, LIVE: tl.constexpr, ARRANGE: tl.constexpr,
+    ENCODE: tl.constexpr, LARGEST: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """A scale per row: of its own, from the maximum over all rows, or given."""
     WAIT()
@@ -95,9 +95,9 @@ def quantise_rows(
             k = k0 + tl.arange(0, BLOCK_K)
             value = _load(x, row, k, K)
             bad = bad | (value != value).to(tl.int32)
-            code = ENCODE(value / s, codes.dtype.element_ty)
-            tl.store(codes + row.to(tl.int64) * stride_row + k, code, mask=k < K)
-        if ENCODE == encode.int8:
+            code = ARRANGE(ENCODE(tl.div_rn(value, s), codes.dtype.element_ty)[None, :])
+            tl.store(codes + row.to(tl.int64) * stride_row + k[None, :], code, mask=(k < K)[None, :])
+        if encode.int8 == ENCODE:
             s = tl.where(tl.max(bad, 0) != 0, float("nan"), s)
         tl.store(scale + row, s)
 
@@ -120,9 +120,9 @@ def quantise_groups(
         address = x.ptr + row.to(tl.int64) * x.stride_row + k.to(tl.int64) * x.stride_k
         value = tl.load(address, mask=inside, other=0.0).to(tl.float32)
         s = encode.scale_of(tl.max(encode.magnitude(value), 1), LARGEST)
-        if ENCODE == encode.int8:
+        if encode.int8 == ENCODE:
             s = tl.where(encode.broken(value, 1) != 0, float("nan"), s)
-        code = ENCODE(value / s[:, None], codes.dtype.element_ty)
+        code = ENCODE(tl.div_rn(value, tl.broadcast_to(s[:, None], value.shape)), codes.dtype.element_ty)
         tl.store(codes + row.to(tl.int64) * stride_row + k, code, mask=inside)
         there = group < (K + GROUP - 1) // GROUP
         tl.store(scale + row.to(tl.int64) * stride_scale + group, s, mask=there)

@@ -1,4 +1,7 @@
-"""Where a tile's result goes: ``f(result, out, dest, live, column, COLUMNS, ...)``, as numbers or as codes."""
+"""Where a tile's result goes: ``f(result, out, dest, live, column, COLUMNS, ...)``, as numbers or as codes.
+
+ARRANGE puts columns into the order in which the next GEMM multiplies them (kernels/arrange.py).
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,8 @@ from fusedmoe.kernels import encode
 
 
 @triton.jit
-def _write(value, out, dest, live, column, COLUMNS: tl.constexpr):
+def _write(value, out, dest, live, column, ARRANGE: tl.constexpr, COLUMNS: tl.constexpr):
+    value = ARRANGE(value)
     address = out.ptr + dest.to(tl.int64)[:, None] * out.stride_row + column[None, :]
     tl.store(address, value, mask=live[:, None] & (column < COLUMNS)[None, :])
 
@@ -17,21 +21,22 @@ def _write(value, out, dest, live, column, COLUMNS: tl.constexpr):
 @triton.jit
 def numbers(
     result, out, dest, live, column, COLUMNS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    ENCODE: tl.constexpr, LARGEST: tl.constexpr, GROUP: tl.constexpr,
+    ARRANGE: tl.constexpr, ENCODE: tl.constexpr, LARGEST: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """The one cast to the type of the layer."""
-    _write(result.to(out.ptr.dtype.element_ty), out, dest, live, column, COLUMNS)
+    _write(result.to(out.ptr.dtype.element_ty), out, dest, live, column, ARRANGE, COLUMNS)
 
 
 @triton.jit
 def numbers_and_amax(
     result, out, dest, live, column, COLUMNS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    ENCODE: tl.constexpr, LARGEST: tl.constexpr, GROUP: tl.constexpr,
+    ARRANGE: tl.constexpr, ENCODE: tl.constexpr, LARGEST: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """Numbers, and the largest magnitude of all live rows, as stored, in ``out.scale``; an order of atomic maxima
-    changes nothing, and bits of floats that are not negative compare as integers do."""
+    changes nothing, and bits of floats that are not negative compare as integers do.
+    """
     value = result.to(out.ptr.dtype.element_ty)
-    _write(value, out, dest, live, column, COLUMNS)
+    _write(value, out, dest, live, column, ARRANGE, COLUMNS)
     counts = live[:, None] & (column < COLUMNS)[None, :]
     amax = tl.max(tl.max(tl.where(counts, encode.magnitude(value.to(tl.float32)), 0.0), 1), 0)
     tl.atomic_max(out.scale.to(tl.pointer_type(tl.int32)), amax.to(tl.int32, bitcast=True), sem="relaxed")
@@ -40,17 +45,17 @@ def numbers_and_amax(
 @triton.jit
 def codes(
     result, out, dest, live, column, COLUMNS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    ENCODE: tl.constexpr, LARGEST: tl.constexpr, GROUP: tl.constexpr,
+    ARRANGE: tl.constexpr, ENCODE: tl.constexpr, LARGEST: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """Codes by one scale, which was given."""
-    value = ENCODE(result / tl.load(out.scale), out.ptr.dtype.element_ty)
-    _write(value, out, dest, live, column, COLUMNS)
+    value = ENCODE(tl.div_rn(result, tl.load(out.scale)), out.ptr.dtype.element_ty)
+    _write(value, out, dest, live, column, ARRANGE, COLUMNS)
 
 
 @triton.jit
 def codes_by_group(
     result, out, dest, live, column, COLUMNS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    ENCODE: tl.constexpr, LARGEST: tl.constexpr, GROUP: tl.constexpr,
+    ARRANGE: tl.constexpr, ENCODE: tl.constexpr, LARGEST: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """Codes and their scales, one to a row and GROUP columns, which the tile has whole."""
     GROUPS: tl.constexpr = BLOCK_N // GROUP
@@ -58,10 +63,10 @@ def codes_by_group(
     result = tl.where((column < COLUMNS)[None, :], result, 0.0)
     grouped = tl.reshape(result, (BLOCK_M, GROUPS, GROUP))
     scale = encode.scale_of(tl.max(encode.magnitude(grouped), 2), LARGEST)
-    if ENCODE == encode.int8:
+    if encode.int8 == ENCODE:
         scale = tl.where(encode.broken(grouped, 2) != 0, float("nan"), scale)
-    value = tl.reshape(grouped / scale[:, :, None], (BLOCK_M, BLOCK_N))
-    _write(ENCODE(value, out.ptr.dtype.element_ty), out, dest, live, column, COLUMNS)
+    value = tl.reshape(tl.div_rn(grouped, tl.broadcast_to(scale[:, :, None], grouped.shape)), (BLOCK_M, BLOCK_N))
+    _write(ENCODE(value, out.ptr.dtype.element_ty), out, dest, live, column, ARRANGE, COLUMNS)
     group = tl.min(column, 0) // GROUP + tl.arange(0, GROUPS)
     address = out.scale + dest.to(tl.int64)[:, None] * out.stride_scale + group[None, :]
     tl.store(address, scale, mask=live[:, None] & (group < (COLUMNS + GROUP - 1) // GROUP)[None, :])

@@ -12,7 +12,8 @@ def _multiplies(target: Target, element: str) -> bool:
     if target.vendor == "cpu":
         return element != "e4m3fnuz"
     if target.vendor == "nvidia":
-        return target.capability >= {"e4m3": 89, "int8": 75}.get(element, 1000)
+        # Turing has int8 products, and Triton none for it.
+        return target.capability >= {"e4m3": 89, "int8": 80}.get(element, 1000)
     if target.vendor == "amd":
         fp8 = "e4m3fnuz" if target.arch.startswith("gfx94") else "e4m3"
         return target.arch.startswith(("gfx94", "gfx95")) and element in (fp8, "int8")

@@ -19,6 +19,7 @@ class KernelConfig:
         programs_per_sm: 0 for one program per tile, else a persistent grid of n_sm times this many.
         flatten: one software pipeline over the tiles of a persistent program.
         swap: weights are the left operand of a product, rows the right one.
+        words: weights are decoded by the word of 32 bits (NVIDIA, 4-bit codes and integers).
     """
 
     block_m: int
@@ -31,6 +32,7 @@ class KernelConfig:
     programs_per_sm: int = 0
     flatten: bool = False
     swap: bool = False
+    words: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +45,7 @@ class TritonPlan:
         overlap: a launch starts while the one before it ends, and waits on the device (programmatic dependent launch).
         combine_block: output columns of a program of the last step.
         multiply: types in which the two GEMMs multiply.
-        requantise: where the intermediate becomes codes: in the epilogue of gate-up, in a kernel of its own, or nowhere.
+        requantise: where the intermediate becomes codes: in gate-up's epilogue, in a kernel of its own, or nowhere.
     """
 
     few: bool

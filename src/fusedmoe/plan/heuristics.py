@@ -10,9 +10,9 @@ import math
 from dataclasses import replace
 from typing import Literal
 
-from fusedmoe.plan.config import FEW, KernelConfig, TritonPlan
 from fusedmoe.plan.arithmetic import bytes_of, multiply_in
-from fusedmoe.plan.validity import step_bytes, why_no_maps, why_not, wide
+from fusedmoe.plan.config import FEW, KernelConfig, TritonPlan
+from fusedmoe.plan.validity import step_bytes, why_no_maps, why_no_words, why_not, wide
 from fusedmoe.spec.problem import Gemm, Problem
 from fusedmoe.target import Target
 
@@ -33,13 +33,19 @@ def triton_plan(problem: Problem, target: Target) -> TritonPlan:
     """The portable pipeline for a problem that the Triton backend supports."""
     mean = problem.slots / problem.experts
     few = problem.slots <= FEW
+    gemms = problem.gate_up_gemm, problem.down_gemm
     # Twice the mean: most experts then fill one tile, and a row costs nothing while weights are streamed.
     block_m = 16 if few else max(16, min(128, _next_power_of_2(2 * mean)))
     if problem.dtype == "float32" and problem.fp32_precision == "ieee":
         block_m = min(block_m, 64)
+    # Sums of groups, and decoded weights, take registers: half the height, until an expert has many tiles.
+    grouped = any(g.format and g.format.inputs and g.format.inputs.mode == "group" for g in gemms)
+    decodes = any(g.format and bytes_of(multiply_in(g, target)) > 1 for g in gemms)
+    if mean < TALL_ROWS and (decodes or grouped and problem.intermediate < GATHER_INTERMEDIATE):
+        block_m = min(block_m, 64)
     if target.interpret:
         block_m = min(block_m, 32)
-    first, second = problem.gate_up_gemm, problem.down_gemm
+    first, second = gemms
     gate_up = _fit(_ideal(problem, target, block_m, first, few=few, gate_up=True), first, target)
     down = _fit(_ideal(problem, target, block_m, second, few=few, gate_up=False), second, target)
     # Both GEMMs work on the same tiles.
@@ -89,7 +95,8 @@ def _ideal(problem: Problem, target: Target, block_m: int, gemm: Gemm, *, few: b
     if target.interpret:
         return KernelConfig(block_m=block_m, block_n=64 // half, block_k=32, group_m=2, swap=gemm.format is not None)
     if gemm.format is not None:
-        return _quantised(target, block_m, gemm, mean)
+        gather = gate_up and problem.intermediate >= GATHER_INTERMEDIATE
+        return _quantised(target, block_m, gemm, mean, few=few, gate_up=gate_up, gather=gather)
     if problem.dtype == "float32":
         # Products on the CUDA cores: registers, not tensor cores, bound the tile.
         return KernelConfig(
@@ -124,27 +131,78 @@ def _ideal(problem: Problem, target: Target, block_m: int, gemm: Gemm, *, few: b
     return replace(tile, group_m=8, maps="xw", programs_per_sm=1)
 
 
-def _quantised(target: Target, block_m: int, gemm: Gemm, mean: float) -> KernelConfig:
+def _quantised(
+    target: Target, block_m: int, gemm: Gemm, mean: float, *, few: bool, gate_up: bool, gather: bool
+) -> KernelConfig:
     """The tile of a quantised matrix."""
     half, math = gemm.width, multiply_in(gemm, target)
-    native = bytes_of(math) == 1
+    hopper = target.vendor == "nvidia" and target.capability == 90
     assert gemm.format is not None
     if target.vendor == "nvidia" and target.capability < 80:
         return KernelConfig(block_m=min(32, block_m), block_n=64 // half, block_k=32, warps=4, stages=1, group_m=4)
     if math == "float32":
         return KernelConfig(block_m=min(32, block_m), block_n=64 // half, block_k=32, warps=4, stages=3, group_m=4)
-    group = gemm.format.block[1] if gemm.format.block[0] != 1 or gemm.format.inputs else 0
-    block_k = 128 if native or block_m <= 32 else 64
-    if group and group < block_k:
-        block_k = max(32, _next_power_of_2(group))
-    if block_m < 64:
-        swap = not native or target.vendor == "nvidia" and target.capability == 90
-        return KernelConfig(block_m=block_m, block_n=128 // half, block_k=block_k, warps=4, stages=4, swap=swap)
-    if not native:
-        return KernelConfig(block_m=block_m, block_n=128 // half, block_k=block_k, warps=8, stages=3, group_m=4, swap=True)
+    if bytes_of(math) > 1:
+        return _decoded(target, block_m, gemm, gate_up=gate_up)
+    grouped = gemm.format.inputs is not None and gemm.format.inputs.mode == "group"
+    block_k = min(128, max(32, _next_power_of_2(gemm.format.block[1]))) if grouped else 128
+    if not hopper:
+        tall = min(block_m, 32 if grouped else 64)
+        return KernelConfig(block_m=tall, block_n=128 // half, block_k=block_k, warps=4, stages=3, group_m=4)
+    tile = KernelConfig(block_m=block_m, block_n=64, block_k=block_k, warps=4, stages=4)
+    if block_m <= 32:
+        # Few rows are the narrow side of WGMMA; mma.sync, which they would fall back to, has no fp8 on this device.
+        tile = replace(tile, swap=True)
+        if grouped:
+            return replace(tile, stages=6) if gate_up or few else replace(tile, block_n=128)
+        if gate_up or few:
+            return replace(tile, block_k=256, stages=4 if few or block_m == 32 else 3)
+        return replace(tile, block_n=128) if block_m == 16 else replace(tile, block_n=256, warps=8, stages=3)
     if block_m == 64:
-        return KernelConfig(block_m=64, block_n=128 // half, block_k=block_k, warps=4, stages=4)
-    return KernelConfig(block_m=128, block_n=128, block_k=block_k, warps=8, stages=3, group_m=4, maps="w")
+        if gate_up:
+            return tile
+        return replace(tile, block_n=128) if grouped else replace(tile, block_n=128, stages=3, maps="w")
+    tile = replace(tile, warps=8, group_m=8)
+    if gate_up:
+        maps: Literal["w", "xw"] = "xw" if gather else "w"
+        if grouped:  # a second accumulator, of a group, leaves registers for 64 columns of gate and up
+            return replace(tile, stages=4 if gather else 5, maps=maps)
+        return replace(tile, block_n=128, stages=3, maps=maps)
+    tile = replace(tile, maps="xw", programs_per_sm=1, flatten=gemm.inner <= 512 and math != "int8")
+    return replace(tile, block_n=128) if grouped else replace(tile, block_n=256, stages=3)
+
+
+def _decoded(target: Target, block_m: int, gemm: Gemm, *, gate_up: bool) -> KernelConfig:
+    """The tile of weights that are decoded on their way to the tensor cores.
+
+    By the word, a warp group of 4 warps has 64 rows of weights in its registers: half a tile more would only wait.
+    """
+    assert gemm.format is not None
+    group = gemm.format.block[1]
+    tile = KernelConfig(block_m=block_m, block_n=64, block_k=128, warps=4, stages=4, swap=target.vendor == "nvidia")
+    words = replace(tile, words=True)
+    hopper = target.vendor == "nvidia" and target.capability == 90
+    if not hopper or why_no_words(words, gemm, target):
+        # Where mma.sync keeps both operands in registers, and where every code takes one of its own on the way.
+        tile = replace(tile, block_m=min(block_m, 64 if hopper else 32), block_n=64 // gemm.width, block_k=64, stages=3)
+        if group and group < tile.block_k and (gemm.format.block[0] != 1 or group % 16):
+            tile = replace(tile, block_k=max(32, _next_power_of_2(group)))
+        words = replace(tile, words=True)
+        if not why_no_words(words, gemm, target):
+            return words
+        return tile if hopper or gemm.format.per_byte == 2 else replace(tile, block_k=32)
+    short = replace(words, block_k=64)
+    if block_m == 16:
+        return replace(words, stages=5)
+    if block_m == 32:
+        return replace(words, stages=3 if gate_up else 4)
+    if block_m == 64:
+        return replace(words, stages=3) if gate_up and not 0 < group < 128 else short
+    if gate_up and 0 < group < 128 and (gemm.format.zero or gemm.format.inputs):
+        return replace(short, block_m=64)  # zero points or scales of rows as well: registers for half the rows
+    if gate_up:
+        return replace(short, block_n=128, warps=8, stages=3, group_m=8)
+    return replace(short if 0 < group < 128 else words, stages=3, group_m=8)
 
 
 def _few(problem: Problem, target: Target, gemm: Gemm) -> KernelConfig:

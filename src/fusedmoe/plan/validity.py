@@ -57,6 +57,8 @@ def why_not(config: KernelConfig, gemm: Gemm, target: Target) -> list[str]:
         reasons.append("flatten needs a persistent grid (programs_per_sm > 0)")
     if config.maps != "none":
         reasons += why_no_maps(config, gemm, target)
+    if config.words:
+        reasons += why_no_words(config, gemm, target)
     need = shared_bytes(config, gemm, target)
     if need > target.shared_bytes:
         have = f"{target.arch or target.vendor} has {target.shared_bytes}"
@@ -76,10 +78,34 @@ def why_no_maps(config: KernelConfig, gemm: Gemm, target: Target) -> list[str]:
     per_byte = gemm.format.per_byte if gemm.format else 1
     group = gemm.format.block[1] if gemm.format else 0
     if group and group % config.block_k and config.block_k % group:
-        reasons.append(f"groups of {group} columns are no multiple of block_k={config.block_k}, and steps must be masked")
+        reasons.append(f"groups of {group} columns are no multiple of block_k={config.block_k}: steps are masked")
     if config.block_k // per_byte < 16:
         reasons.append("a side of a tensor map's box is at least 16 bytes")
     if gemm.matrix.contiguous == "N" and gemm.inner % config.block_k:
         # Rows past K belong to the next expert; 0 * NaN would leak them in.
         reasons.append(f"K = {gemm.inner} of a matrix stored [E, K, N] is no multiple of block_k={config.block_k}")
+    return reasons
+
+
+def why_no_words(config: KernelConfig, gemm: Gemm, target: Target) -> list[str]:
+    """Every reason against decoding weights by the word."""
+    reasons = []
+    math = multiply_in(gemm, target)
+    if target.vendor != "nvidia" or target.capability < 80:
+        reasons.append(f"words are decoded in PTX for sm_80 and newer, this is {target.arch or target.vendor}")
+    if gemm.format is None or gemm.format.element not in ("int4", "e2m1", "int8", "uint8"):
+        reasons.append("only 4-bit codes and 8-bit integers are decoded by the word")
+    if math not in ("float16", "bfloat16"):
+        reasons.append(f"words are decoded to 16-bit floats, the products are of {math}")
+    if not gemm.matrix.words:
+        reasons.append("rows of the expert matrix are no whole words of 32 bits")
+    if config.block_k < 32:
+        reasons.append(f"block_k={config.block_k} is below 32, the columns of four words")
+    if config.maps != "none":
+        reasons.append("words are loaded by pointer")
+    if gemm.inner % 32:
+        reasons.append(f"K = {gemm.inner} is no multiple of 32, the columns that change places")
+    group = gemm.format.block[1] if gemm.format else 0
+    if group and group % 8 and config.block_k > group:
+        reasons.append(f"a group of {group} columns is no whole number of words")
     return reasons

@@ -32,7 +32,7 @@ def fused_experts(
     global_num_experts: int | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> Tensor:
-    """The layer by its definition, every operation in ``dtype``, nothing rounded in between.
+    """The layer by its definition, every operation in ``dtype``, nothing rounded in between but to codes.
 
         out[t] = sum_j w[t, j] * (W2[e] a(W1[e] x[t] + b1[e]) + b2[e]),    e = expert_map[ids[t, j]]
 
@@ -45,7 +45,9 @@ def fused_experts(
     Where W1 or W2 is quantised, it stands for ``dequantize()`` of itself. Where its format quantises the rows that it
     multiplies, x[t] or a(...) is codes * scale of :func:`fusedmoe.numerics.quantise_inputs`: of x[t] once for all its
     slots, of a(...) after everything that is applied to it. The largest magnitude of mode "tensor" is that of the
-    tokens, or slots, that have an expert. This is the only rounding there is.
+    tokens, or slots, that have an expert. This is the only rounding there is; that of x[t] is done in the type of
+    hidden_states, float32 at least, whatever ``dtype`` is: values of few bits lie exactly between two codes often
+    enough, and which one they get is then a matter of definition.
 
     Args:
         hidden_states: x, [T, H].
@@ -81,7 +83,7 @@ def fused_experts(
     weight = topk_weights[token, j].to(dtype)[:, None]
     rows = [torch.nonzero(expert[token, j] == e).flatten() for e in range(w13.shape[0])]
     if hidden_states_scale is None:
-        x = _rows(hidden_states.to(dtype), w13, live=(expert >= 0).any(1))
+        x = _rows(hidden_states, w13, dtype, live=(expert >= 0).any(1))
     else:
         x = _scaled(hidden_states.to(dtype), hidden_states_scale.to(dtype), w13)
     inner = w2.shape[2] if weight_layout == "NK" else w2.shape[1]
@@ -95,7 +97,7 @@ def fused_experts(
         if w13_bias is not None:
             h = h + w13_bias[e].to(dtype)
         a[row] = activate(h, activation, gate_up_layout)
-    a = _rows(a, w2)
+    a = _rows(a, w2, dtype)
     out = torch.zeros_like(x)
     for e, row in enumerate(rows):
         if row.numel() == 0:
@@ -116,12 +118,12 @@ def _matrix(w: Tensor | ExpertMatrix, e: int, weight_layout: WeightLayout, dtype
     return w[e].to(dtype) if weight_layout == "NK" else w[e].to(dtype).T
 
 
-def _rows(x: Tensor, w: Tensor | ExpertMatrix, live: Tensor | None = None) -> Tensor:
+def _rows(x: Tensor, w: Tensor | ExpertMatrix, dtype: torch.dtype, live: Tensor | None = None) -> Tensor:
     """Rows as ``w`` meets them: codes times scales where its format quantises them."""
     if not isinstance(w, ExpertMatrix) or w.format.inputs is None:
-        return x
+        return x.to(dtype)
     codes, scale = quantise_inputs(x, w.format.inputs, w.input_scale, live)
-    return _scaled(codes, scale, w)
+    return _scaled(codes.to(dtype), scale.to(dtype), w)
 
 
 def _scaled(codes: Tensor, scale: Tensor, w: Tensor | ExpertMatrix) -> Tensor:

@@ -22,8 +22,10 @@ class Matrix:
     """What a kernel choice needs to know of an expert matrix [E, N, K], seen as NK whatever its storage.
 
     ``contiguous`` names the dimension with stride 1 ("K", "N" or "none"); ``tma`` is true when base
-    address and strides are multiples of 16 bytes, so that a tensor-map can describe it.
+    address and strides are multiples of 16 bytes, so that a tensor-map can describe it; ``words`` when rows
+    along K are whole words of 32 bits.
     """
 
     contiguous: Literal["K", "N", "none"]
     tma: bool
+    words: bool = True

@@ -1,0 +1,128 @@
+"""Scales and zero points of a step, policy LOAD_SCALES ``f(w, expert, n, n0, inside, k0, PART, K, BLOCK_K) -> s, z``,
+and the policy FINISH, which applies what waited for the end of the sum.
+
+Both are float32. Steps past the last get the last one's, so that they can be loaded ahead.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fusedmoe.kernels.decode import e4m3, power_of_two
+
+
+@triton.jit
+def _value(raw, KIND: tl.constexpr):
+    if KIND == "e8m0":
+        return power_of_two(raw)
+    elif KIND == "e4m3":
+        return e4m3(raw, 0.0)
+    else:
+        return raw.to(tl.float32)
+
+
+@triton.jit
+def _block(s, expert, row, group):
+    """Address of the scale in a row and column of scales."""
+    return s.ptr + expert.to(tl.int64) * s.stride_e + row.to(tl.int64) * s.stride_n + group.to(tl.int64) * s.stride_k
+
+
+@triton.jit
+def _of_columns(s, expert, n, n0, inside, group, PART: tl.constexpr):
+    """Scales of columns n in one group of K: [BLOCK_N], or a scalar where they share it."""
+    if s.block_n == 0:
+        return _value(tl.load(_block(s, expert, expert * 0 + PART * s.up, group)), s.kind)
+    elif s.uniform:
+        return _value(tl.load(_block(s, expert, PART * s.up + (n0 + PART * s.phase) // s.block_n, group)), s.kind)
+    else:
+        row = PART * s.up + (n + PART * s.phase) // s.block_n
+        return _value(tl.load(_block(s, expert, row, group), mask=inside, other=0), s.kind)
+
+
+@triton.jit
+def _zero_point(z, expert, n, inside, group, PART: tl.constexpr):
+    row = n + PART * z.up
+    address = z.ptr + expert.to(tl.int64) * z.stride_e + (row // z.per_byte).to(tl.int64) * z.stride_n
+    byte = tl.load(address + group.to(tl.int64) * z.stride_k, mask=inside, other=0)
+    if z.per_byte == 2:
+        byte = (byte >> ((row % 2) * 4).to(tl.uint8)) & 15
+    return byte.to(tl.float32)
+
+
+# --- of a step -----------------------------------------------------------------------------------------
+
+
+@triton.jit
+def none(w, expert, n, n0, inside, k0, PART: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Nothing: the step needs none."""
+    return 0.0, 0.0
+
+
+@triton.jit
+def zeros_alone(w, expert, n, n0, inside, k0, PART: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Zero points of whole rows."""
+    return 0.0, _zero_point(w.zero, expert, n, inside, k0 * 0, PART)
+
+
+@triton.jit
+def of_step(w, expert, n, n0, inside, k0, PART: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr):
+    """The step lies in one group of K."""
+    group = tl.minimum(k0, K - 1) // w.scale.block_k
+    s = _of_columns(w.scale, expert, n, n0, inside, group, PART)
+    if w.zero is None:
+        return s, 0.0
+    else:
+        return s, _zero_point(w.zero, expert, n, inside, group, PART)
+
+
+@triton.jit
+def of_groups(w, expert, n, n0, inside, k0, PART: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr):
+    """[BLOCK_N, groups of the step], when rows have scales of their own for groups shorter than it."""
+    group = k0 // w.scale.block_k + tl.arange(0, BLOCK_K // w.scale.block_k)
+    group = tl.minimum(group, (K - 1) // w.scale.block_k)[None, :]
+    there = inside[:, None]
+    row = (n + PART * (w.scale.up + w.scale.phase))[:, None]
+    s = _value(tl.load(_block(w.scale, expert, row, group), mask=there, other=0), w.scale.kind)
+    if w.zero is None:
+        return s, 0.0
+    else:
+        return s, _zero_point(w.zero, expert, n[:, None], there, group, PART)
+
+
+@triton.jit
+def of_rows(x, row, live, k0, GROUP: tl.constexpr):
+    """Scales of the rows in a group of K; none where rows have none, or one for all of K."""
+    if x.scale_at == "step":
+        address = (
+            x.scale.ptr + row.to(tl.int64) * x.scale.stride_row + (k0 // GROUP).to(tl.int64) * x.scale.stride_group
+        )
+        return tl.load(address, mask=live, other=0.0)
+    else:
+        return 0.0
+
+
+# --- of the sum ----------------------------------------------------------------------------------------
+
+
+@triton.jit
+def nothing(acc, x, w, row, live, expert, n, n0, inside, PART: tl.constexpr):
+    """There are no scales."""
+    return acc
+
+
+@triton.jit
+def finish(acc, x, w, row, live, expert, n, n0, inside, PART: tl.constexpr):
+    """float32, times the scales that hold for whole rows and columns."""
+    acc = acc.to(tl.float32)
+    if x.scale_at == "end":
+        acc = acc * tl.load(x.scale.ptr + row.to(tl.int64) * x.scale.stride_row, mask=live, other=0.0)[:, None]
+    if w.scale_at == "end":
+        s = _of_columns(w.scale, expert, n, n0, inside, expert * 0, PART)
+        if w.scale.uniform:
+            acc = acc * s
+        else:
+            acc = acc * s[None, :]
+    if w.tensor_scale is not None:
+        acc = acc * tl.load(w.tensor_scale + expert)
+    return acc
