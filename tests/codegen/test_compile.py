@@ -7,15 +7,18 @@ import math
 import pytest
 import torch
 
+import fusedmoe
 from fusedmoe import experts
 from fusedmoe.backends import triton as backend
 from fusedmoe.backends.workspace import layout_bytes
 from fusedmoe.checks import check
 from fusedmoe.plan.planner import choose, support
 from fusedmoe.plan.validity import shared_bytes
+from fusedmoe.schemes import SCHEMES, format_of
 from fusedmoe.settings import settings
 from fusedmoe.target import KNOWN, Target
 from fusedmoe.testing import codegen
+from fusedmoe.testing.cases import storage_of
 from fusedmoe.testing.codegen import compiling_for
 
 if settings().interpret:
@@ -35,11 +38,13 @@ SHAPES = {
 }
 
 
-def compile_layer(target: str, shape, dtype=torch.float16, monkeypatch=None, **options):
+def compile_layer(target: str, shape, dtype=torch.float16, monkeypatch=None, form=None, **options):
     tokens, top_k, n_experts, hidden, intermediate = shape
     gated = not str(options.get("activation", "")).endswith("_no_mul")
     e = lambda *s: torch.empty(*s, dtype=dtype)  # noqa: E731
     w13, w2 = e(n_experts, intermediate * (2 if gated else 1), hidden), e(n_experts, hidden, intermediate)
+    if form is not None:
+        w13, w2 = empty_matrix(form, w13.shape, parts=2), empty_matrix(form, w2.shape)
     if options.get("weight_layout") == "KN":
         w13, w2 = e(n_experts, hidden, w13.shape[1]), e(n_experts, intermediate, hidden)
     ids = torch.zeros(tokens, top_k, dtype=torch.int64)
@@ -49,6 +54,14 @@ def compile_layer(target: str, shape, dtype=torch.float16, monkeypatch=None, **o
     with compiling_for(target) as compiled:
         experts.run(call, plan)
     return call.problem, plan.triton, compiled
+
+
+def empty_matrix(form, shape, parts=1) -> fusedmoe.ExpertMatrix:
+    """An expert matrix of a format, without values."""
+    tensors = {
+        name: torch.empty(sizes, dtype=dtype) for name, (sizes, dtype) in storage_of(form, tuple(shape), parts).items()
+    }
+    return fusedmoe.ExpertMatrix(form, **tensors, parts=parts if form.block[0] > 1 else None)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -62,8 +75,8 @@ def test_no_spills_within_shared_memory(target, shape, monkeypatch):
         assert kernel.stack_bytes == 0, kernel
         assert kernel.shared_bytes <= TARGETS[target].shared_bytes, kernel
     gate_up, down = (kernel for kernel in compiled if kernel.name == "grouped_gemm")
-    assert gate_up.shared_bytes <= shared_bytes(plan.gate_up, problem.gate_up_gemm)
-    assert down.shared_bytes <= shared_bytes(plan.down, problem.down_gemm)
+    assert gate_up.shared_bytes <= shared_bytes(plan.gate_up, problem.gate_up_gemm, TARGETS[target])
+    assert down.shared_bytes <= shared_bytes(plan.down, problem.down_gemm, TARGETS[target])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -106,6 +119,49 @@ def test_hopper_multiplies_with_wgmma(shape, monkeypatch):
     assert all(kernel.count(r"ACQBULK") for kernel in compiled[1:]), "each launch waits for the one before it"
 
 
+#: The default of every scheme, and what differs in the kernel: zero points, short groups, one scale for all.
+FORMATS = [
+    *(format_of(scheme) for scheme in SCHEMES),
+    format_of("int4_w4a16", group=32, zero=True),
+    format_of("int8_w8a8", inputs="group"),
+    format_of("fp8_tensor", inputs="static"),
+    format_of("fp8_tensor", inputs="tensor"),
+]
+
+
+@pytest.mark.parametrize("form", FORMATS, ids=str)
+@pytest.mark.parametrize("target", TARGETS)
+def test_schemes_compile_without_spills(target, form, monkeypatch):
+    dtype = torch.float16 if target == "sm_75" else torch.bfloat16
+    for shape in ("few", "64 rows", "tall"):
+        problem, plan, compiled = compile_layer(target, SHAPES[shape], dtype, monkeypatch, form=form)
+        gate_up, down = (kernel for kernel in compiled if kernel.name == "grouped_gemm")
+        assert [kernel for kernel in compiled if kernel.stack_bytes] == []
+        assert gate_up.shared_bytes <= shared_bytes(plan.gate_up, problem.gate_up_gemm, TARGETS[target])
+        assert down.shared_bytes <= shared_bytes(plan.down, problem.down_gemm, TARGETS[target])
+
+
+@pytest.mark.parametrize("form", FORMATS, ids=str)
+def test_hopper_multiplies_what_a_scheme_says(form, monkeypatch):
+    """WGMMA of the codes' type whatever the number of tokens: mma.sync has no fp8 there, so few rows are swapped."""
+    for shape in ("few", "16 rows", "64 rows", "tall"):
+        _, plan, compiled = compile_layer("sm_90", SHAPES[shape], torch.bfloat16, monkeypatch, form=form)
+        for kernel, multiply in zip(
+            (kernel for kernel in compiled if kernel.name == "grouped_gemm"), plan.multiply, strict=True
+        ):
+            wanted = {"e4m3": "QGMMA", "int8": "IGMMA"}.get(multiply, "HGMMA")
+            assert kernel.count(wanted + r"[.\w]*") > 0
+            assert kernel.count(r"[HI]MMA[.\w]*") == 0
+
+
+@pytest.mark.parametrize("scheme", ["fp8_block", "mxfp8", "nvfp4"])
+def test_ampere_decodes_fp8(scheme, monkeypatch):
+    """A device without the type decodes in the kernel; its compiler refuses even a load of it."""
+    _, plan, compiled = compile_layer("sm_80", SHAPES["few"], torch.bfloat16, monkeypatch, form=format_of(scheme))
+    assert plan.multiply[0] == ("float16" if scheme == "fp8_block" else "bfloat16")
+    assert all(kernel.count(r"HMMA[.\w]*") > 0 for kernel in compiled if kernel.name == "grouped_gemm")
+
+
 @pytest.mark.parametrize("target", TARGETS)
 def test_memory_cap_is_kept(target):
     """Whatever a device offers, a configuration that fits is found: never an OutOfResources error."""
@@ -120,8 +176,8 @@ def test_memory_cap_is_kept(target):
                 problem = check(e(tokens, hidden), *weights, e(tokens, top_k), ids).problem
                 assert support(problem, small)["triton"] == ()
                 plan = choose(problem, small, "triton").triton
-                assert shared_bytes(plan.gate_up, problem.gate_up_gemm) <= cap
-                assert shared_bytes(plan.down, problem.down_gemm) <= cap
+                assert shared_bytes(plan.gate_up, problem.gate_up_gemm, small) <= cap
+                assert shared_bytes(plan.down, problem.down_gemm, small) <= cap
 
 
 @pytest.mark.parametrize("sizes", [(8, 128, 32, 16), (2, 8, 4096, 14336), (64, 4096, 16, 16), (1, 1, 64, 64)])

@@ -276,7 +276,7 @@ def quantised(scheme, **choices):
     return arguments(hidden_states=torch.randn(T, 128), **parts)
 
 
-@pytest.mark.parametrize("scheme", [None, "fp8_block", "int4_w4a16", "nvfp4"])
+@pytest.mark.parametrize("scheme", [None, "int8_w8a8", "int4_w4a16", "mxfp4"])
 def test_operator_is_well_formed(scheme):
     choices = {"group": 32} if scheme == "int4_w4a16" else {}
     x, w13, w2, weights, ids = (quantised(scheme, **choices) if scheme else arguments()).values()

@@ -47,12 +47,12 @@ FILES = sorted(
 )
 
 
-def test_a_scheme_is_named_by_its_own_file_and_its_table_only():
-    # Problem.scheme has the unquantised scheme as its default: a plain tensor carries no scheme of its own.
-    allowed = {SOURCE / "schemes" / f"{name}.py" for name in SCHEMES}
-    allowed |= {SOURCE / "schemes" / "__init__.py", SOURCE / "spec" / "problem.py"}
-    said = {path: strings(path) & set(SCHEMES) for path in FILES if path not in allowed}
-    assert not {path: names for path, names in said.items() if names}
+def test_schemes_are_named_in_their_table_alone():
+    """What runs a scheme works from its format: a new row of the table needs no change there. Files of models have
+    names of their own, which only their readers and writers translate."""
+    said = {path.relative_to(SOURCE): strings(path) & set(SCHEMES) for path in FILES}
+    told = {path for path, names in said.items() if names}
+    assert {path for path in told if path.parts[0] != "checkpoint"} == {Path("schemes.py")}
 
 
 def test_no_file_but_the_definitions_names_an_activation():
@@ -63,15 +63,6 @@ def test_no_file_but_the_definitions_names_an_activation():
 def test_the_default_activation_is_named_in_signatures_only():
     said = {str(path.relative_to(SOURCE)) for path in FILES if "silu" in strings(path)}
     assert said <= SAYS_ACTIVATIONS | {"checks.py", "functional.py", "nn.py", "reference/experts.py"}
-
-
-@pytest.mark.parametrize("name", SCHEMES)
-def test_a_scheme_has_all_that_the_protocol_asks(name):
-    scheme = importlib.import_module(SCHEMES[name])
-    assert name == scheme.NAME
-    assert set(scheme.TOLERANCE) == set(scheme.DTYPES)
-    assert callable(scheme.step.fn)
-    assert callable(scheme.finish.fn)
 
 
 @pytest.mark.parametrize("name", TABLE)
@@ -85,12 +76,3 @@ def test_an_activation_has_a_device_function_of_its_arity(name):
 
 def test_a_backend_is_known_to_the_planner_and_to_the_loader():
     assert set(SUPPORTS) == set(BACKENDS)
-
-
-@pytest.mark.parametrize("layer", ["kernels", "plan", "backends", "reference", "spec", "checks.py", "numerics.py"])
-def test_schemes_are_named_in_their_table_alone(layer):
-    """What runs a scheme works from its format: a new row of the table needs no change there."""
-    root = Path(fusedmoe.__file__).parent / layer
-    for path in [root] if root.is_file() else root.rglob("*.py"):
-        text = path.read_text()
-        assert [name for name in SCHEMES if f'"{name}"' in text or f"'{name}'" in text] == [], path

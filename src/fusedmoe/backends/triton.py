@@ -598,6 +598,7 @@ def _operand(w: torch.Tensor | ExpertMatrix, multiply: str, up: int, wide: int, 
         ),
         scale_at=tl.constexpr("step" if block_k else "end"),
         tensor_scale=w.tensor_scale,
+        tensor_scale_stride=None if w.tensor_scale is None else w.tensor_scale.stride(0),
     )
     policies |= {
         "STEP": step.scaled_product if in_step else step.product,

@@ -94,6 +94,7 @@ class Weight(NamedTuple):
     scale_at: object = None  #     constexpr: "step": used inside of the loop over K; "end": of whole rows, for the sum
     zero: object = None  #         Zeros, or None
     tensor_scale: object = None  # [E] float32, or None
+    tensor_scale_stride: object = None
 
 
 class Output(NamedTuple):

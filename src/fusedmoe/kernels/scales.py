@@ -124,5 +124,5 @@ def finish(acc, x, w, row, live, expert, n, n0, inside, PART: tl.constexpr):
         else:
             acc = acc * s[None, :]
     if w.tensor_scale is not None:
-        acc = acc * tl.load(w.tensor_scale + expert)
+        acc = acc * tl.load(w.tensor_scale + expert.to(tl.int64) * w.tensor_scale_stride)
     return acc

@@ -147,14 +147,18 @@ def _quantised(
     grouped = gemm.format.inputs is not None and gemm.format.inputs.mode == "group"
     block_k = min(128, max(32, _next_power_of_2(gemm.format.block[1]))) if grouped else 128
     if not hopper:
-        tall = min(block_m, 32 if grouped else 64)
+        # What follows the sum, a second sum or a maximum over all rows, takes registers too.
+        tall = min(block_m, 32 if gemm.format.inputs and gemm.format.inputs.mode in ("group", "tensor") else 64)
         return KernelConfig(block_m=tall, block_n=128 // half, block_k=block_k, warps=4, stages=3, group_m=4)
     tile = KernelConfig(block_m=block_m, block_n=64, block_k=block_k, warps=4, stages=4)
     if block_m <= 32:
         # Few rows are the narrow side of WGMMA; mma.sync, which they would fall back to, has no fp8 on this device.
         tile = replace(tile, swap=True)
+        if not gate_up and gemm.inner <= 512:  # few steps: fewer programs, each with more to store
+            return replace(tile, block_n=128)
         if grouped:
-            return replace(tile, stages=6) if gate_up or few else replace(tile, block_n=128)
+            deep = replace(tile, stages=6 if block_m == 16 else 4)
+            return deep if gate_up or few else replace(tile, block_n=128)
         if gate_up or few:
             return replace(tile, block_k=256, stages=4 if few or block_m == 32 else 3)
         return replace(tile, block_n=128) if block_m == 16 else replace(tile, block_n=256, warps=8, stages=3)
@@ -184,7 +188,9 @@ def _decoded(target: Target, block_m: int, gemm: Gemm, *, gate_up: bool) -> Kern
     hopper = target.vendor == "nvidia" and target.capability == 90
     if not hopper or why_no_words(words, gemm, target):
         # Where mma.sync keeps both operands in registers, and where every code takes one of its own on the way.
-        tile = replace(tile, block_m=min(block_m, 64 if hopper else 32), block_n=64 // gemm.width, block_k=64, stages=3)
+        # WGMMA has no fewer than 64 rows of weights.
+        narrow = 64 if hopper else 64 // gemm.width
+        tile = replace(tile, block_m=min(block_m, 64 if hopper else 32), block_n=narrow, block_k=64, stages=3)
         if group and group < tile.block_k and (gemm.format.block[0] != 1 or group % 16):
             tile = replace(tile, block_k=max(32, _next_power_of_2(group)))
         words = replace(tile, words=True)
