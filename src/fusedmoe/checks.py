@@ -255,10 +255,11 @@ def _check_codes(x: torch.Tensor, scale: object, w13: Experts, dtype: torch.dtyp
     """Hidden states that are codes already: their scale [T or 1, groups], which the format of w13 must be made for."""
     inputs = w13.format.inputs if isinstance(w13, ExpertMatrix) else None
     if inputs is None:
+        takes = "a w13 that takes rows as they are" if isinstance(w13, ExpertMatrix) else "a plain w13"
         raise OptionError(
             explain(
                 "hidden_states_scale",
-                got=f"a scale, and {'a w13 that takes rows as they are' if isinstance(w13, ExpertMatrix) else 'a plain w13'}",
+                got=f"a scale, and {takes}",
                 wanted="a w13 whose scheme quantises its rows",
                 do="Dequantise hidden_states, or leave hidden_states_scale out.",
             )

@@ -10,8 +10,8 @@ from typing import Any, Protocol
 import torch
 
 from fusedmoe.backends.workspace import Workspace
-from fusedmoe.plan.config import Plan
 from fusedmoe.call import Call
+from fusedmoe.plan.config import Plan
 from fusedmoe.spec.problem import Problem
 
 
