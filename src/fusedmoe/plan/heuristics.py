@@ -96,7 +96,8 @@ def _ideal(problem: Problem, target: Target, block_m: int, gemm: Gemm, *, few: b
         return KernelConfig(block_m=block_m, block_n=64 // half, block_k=32, group_m=2, swap=gemm.format is not None)
     if gemm.format is not None:
         gather = gate_up and problem.intermediate >= GATHER_INTERMEDIATE
-        return _quantised(target, block_m, gemm, mean, few=few, gate_up=gate_up, gather=gather)
+        crowded = problem.active_experts * -(-gemm.columns // 64) > 2 * target.n_sm
+        return _quantised(target, block_m, gemm, few=few, gate_up=gate_up, gather=gather, crowded=crowded)
     if problem.dtype == "float32":
         # Products on the CUDA cores: registers, not tensor cores, bound the tile.
         return KernelConfig(
@@ -132,9 +133,12 @@ def _ideal(problem: Problem, target: Target, block_m: int, gemm: Gemm, *, few: b
 
 
 def _quantised(
-    target: Target, block_m: int, gemm: Gemm, mean: float, *, few: bool, gate_up: bool, gather: bool
+    target: Target, block_m: int, gemm: Gemm, *, few: bool, gate_up: bool, gather: bool, crowded: bool
 ) -> KernelConfig:
-    """The tile of a quantised matrix."""
+    """The tile of a quantised matrix.
+
+    ``crowded``: several programs to a multiprocessor, which hide each other's waits.
+    """
     half, math = gemm.width, multiply_in(gemm, target)
     hopper = target.vendor == "nvidia" and target.capability == 90
     assert gemm.format is not None
@@ -160,7 +164,7 @@ def _quantised(
             deep = replace(tile, stages=6 if block_m == 16 else 4)
             return deep if gate_up or few else replace(tile, block_n=128)
         if gate_up or few:
-            return replace(tile, block_k=256, stages=4 if few or block_m == 32 else 3)
+            return replace(tile, block_k=256, stages=3 if gate_up and crowded and block_m == 16 else 4)
         return replace(tile, block_n=128) if block_m == 16 else replace(tile, block_n=256, warps=8, stages=3)
     if block_m == 64:
         if gate_up:
