@@ -56,10 +56,11 @@ def compile_layer(target: str, shape, dtype=torch.float16, monkeypatch=None, for
     return call.problem, plan.triton, compiled
 
 
-def empty_matrix(form, shape, parts=1) -> fusedmoe.ExpertMatrix:
+def empty_matrix(form, shape, parts=1, device="cpu") -> fusedmoe.ExpertMatrix:
     """An expert matrix of a format, without values."""
     tensors = {
-        name: torch.empty(sizes, dtype=dtype) for name, (sizes, dtype) in storage_of(form, tuple(shape), parts).items()
+        name: torch.empty(sizes, dtype=dtype, device=device)
+        for name, (sizes, dtype) in storage_of(form, tuple(shape), parts).items()
     }
     return fusedmoe.ExpertMatrix(form, **tensors, parts=parts if form.block[0] > 1 else None)
 
@@ -183,13 +184,27 @@ def test_memory_cap_is_kept(target):
 @pytest.mark.parametrize("sizes", [(8, 128, 32, 16), (2, 8, 4096, 14336), (64, 4096, 16, 16), (1, 1, 64, 64)])
 def test_a_workspace_for_more_tokens_serves_fewer(sizes):
     top_k, n_experts, hidden, intermediate = sizes
-    e = lambda *s, dtype=torch.bfloat16: torch.empty(*s, dtype=dtype, device="meta")  # noqa: E731
-    weights = e(n_experts, 2 * intermediate, hidden), e(n_experts, hidden, intermediate)
+    e = lambda *s: torch.empty(*s, dtype=torch.bfloat16, device="meta")  # noqa: E731
+    assert_grows(top_k, e(n_experts, 2 * intermediate, hidden), e(n_experts, hidden, intermediate), "sm_90")
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("form", [*FORMATS, format_of("fp8_block", block=(64, 64))], ids=str)
+def test_a_workspace_of_a_scheme_for_more_tokens_serves_fewer(form, target):
+    for top_k, n_experts, hidden, intermediate in ((8, 128, 2048, 768), (2, 8, 4096, 14336)):
+        w13 = empty_matrix(form, (n_experts, 2 * intermediate, hidden), parts=2, device="meta")
+        w2 = empty_matrix(form, (n_experts, hidden, intermediate), device="meta")
+        dtype = torch.float16 if target == "sm_75" else torch.bfloat16
+        assert_grows(top_k, w13, w2, target, dtype)
+
+
+def assert_grows(top_k, w13, w2, target, dtype=torch.bfloat16):
     before = 0
     for tokens in sorted({*range(1, 40), *(2**i + d for i in range(6, 18) for d in (-1, 0, 1))}):
-        x, w, ids = e(tokens, hidden), e(tokens, top_k), e(tokens, top_k, dtype=torch.int64)
-        problem = check(x, *weights, w, ids).problem
-        plan = choose(problem, TARGETS["sm_90"], "triton")
+        x = torch.empty(tokens, w13.shape[2], dtype=dtype, device="meta")
+        w = torch.empty(tokens, top_k, device="meta")
+        problem = check(x, w13, w2, w, torch.empty(tokens, top_k, dtype=torch.int64, device="meta")).problem
+        plan = choose(problem, TARGETS[target], "triton")
         now = layout_bytes(backend.workspace_layout(problem, plan))
         assert now >= before, tokens
         before = now
