@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
 
 import torch
 
 from fusedmoe.checkpoint import read_experts
 from fusedmoe.errors import LayoutError, OptionError, ShapeError, explain
+from fusedmoe.expert_matrix import ExpertMatrix
 from fusedmoe.functional import fused_experts
 from fusedmoe.spec.activation import Activation
+from fusedmoe.spec.format import Format
 from fusedmoe.spec.layout import GATE_UP_LAYOUTS, WEIGHT_LAYOUTS, GateUpLayout, WeightLayout
 
 __all__ = ["FusedExperts"]
@@ -24,10 +30,16 @@ class FusedExperts(torch.nn.Module):
     gradients. With gradients on and an input or a parameter that requires one, forward raises GradientError.
 
     Attributes:
-        w13: [E, 2I, H] ([E, I, H] when the activation is not gated); [E, H, 2I] with weight_layout "KN".
-        w2: [E, H, I]; [E, I, H] with weight_layout "KN".
+        w13: [E, 2I, H] ([E, I, H] when the activation is not gated); [E, H, 2I] with weight_layout "KN". The codes
+            when quantised (see :class:`fusedmoe.ExpertMatrix`).
+        w2: [E, H, I]; [E, I, H] with weight_layout "KN"; likewise.
         w13_bias: [E, 2I] ([E, I] when not gated) with ``bias=True``, else None.
         w2_bias: [E, H] with ``bias=True``, else None.
+        w13_scale, w13_zero, w13_tensor_scale, w13_input_scale, and of w2: buffers, those that the format has.
+        expert_map: see :func:`fusedmoe.fused_experts`; a buffer that is not in the state dict, or None.
+
+    A quantised layer is made by :meth:`of` or :meth:`from_checkpoint`. Its codes and scales keep their types whatever
+    ``.to(dtype)`` says, and its state dict holds the formats, which have to agree when it is loaded.
 
     >>> layer = FusedExperts(8, 64, 32, device="meta")
     >>> tuple(layer.w13.shape), tuple(layer.w2.shape)
@@ -38,6 +50,7 @@ class FusedExperts(torch.nn.Module):
     w2: torch.nn.Parameter
     w13_bias: torch.nn.Parameter | None
     w2_bias: torch.nn.Parameter | None
+    expert_map: torch.Tensor | None
 
     def __init__(
         self,
@@ -50,6 +63,8 @@ class FusedExperts(torch.nn.Module):
         weight_layout: WeightLayout = "NK",
         bias: bool = False,
         apply_router_weight_on_input: bool = False,
+        expert_map: torch.Tensor | None = None,
+        emulate: bool = False,
         backend: str | None = None,
         dtype: torch.dtype | None = None,
         device: str | torch.device | None = None,
@@ -58,8 +73,8 @@ class FusedExperts(torch.nn.Module):
 
         Args:
             num_experts, hidden_size, intermediate_size: E, H and I.
-            activation, gate_up_layout, weight_layout, apply_router_weight_on_input, backend: options of
-                :func:`fusedmoe.fused_experts`.
+            activation, gate_up_layout, weight_layout, apply_router_weight_on_input, expert_map, emulate, backend:
+                options of :func:`fusedmoe.fused_experts`.
             bias: have w13_bias and w2_bias.
             dtype, device: of the parameters; the defaults of torch when None, so that
                 ``with torch.device("meta")`` works.
@@ -88,7 +103,9 @@ class FusedExperts(torch.nn.Module):
         self.gate_up_layout: GateUpLayout = gate_up_layout
         self.weight_layout: WeightLayout = weight_layout
         self.apply_router_weight_on_input = apply_router_weight_on_input
+        self.emulate = emulate
         self.backend = backend
+        self._matrices: dict[str, tuple[tuple[torch.Tensor, ...], ExpertMatrix]] = {}
 
         def parameter(*shape: int) -> torch.nn.Parameter:
             return torch.nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
@@ -100,10 +117,18 @@ class FusedExperts(torch.nn.Module):
         self.w2 = parameter(num_experts, *w2)
         self.register_parameter("w13_bias", parameter(num_experts, rows) if bias else None)
         self.register_parameter("w2_bias", parameter(num_experts, hidden_size) if bias else None)
+        self.register_buffer("expert_map", expert_map, persistent=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw every parameter from U(-b, b), b = 1 / sqrt(K), with K = H for w13 and I for w2."""
+        """Draw every parameter from U(-b, b), b = 1 / sqrt(K), with K = H for w13 and I for w2.
+
+        Raises:
+            OptionError: the experts are quantised.
+        """
+        if self._formats():
+            got, do = "quantised experts", "Load a state dict, or make the layer anew."
+            raise OptionError(explain("reset_parameters", got=got, wanted="unquantised ones", do=do))
         for parameters, inner in (
             ((self.w13, self.w13_bias), self.hidden_size),
             ((self.w2, self.w2_bias), self.intermediate_size),
@@ -114,38 +139,153 @@ class FusedExperts(torch.nn.Module):
                     torch.nn.init.uniform_(parameter, -bound, bound)
 
     @classmethod
+    def of(
+        cls,
+        w13: torch.Tensor | ExpertMatrix,
+        w2: torch.Tensor | ExpertMatrix,
+        *,
+        w13_bias: torch.Tensor | None = None,
+        w2_bias: torch.Tensor | None = None,
+        activation: str | Activation = "silu",
+        weight_layout: WeightLayout = "NK",
+        **options: Any,
+    ) -> FusedExperts:
+        """Experts that hold these tensors, which become parameters and buffers without a copy.
+
+        Args:
+            w13, w2: as :func:`fusedmoe.fused_experts` takes them, quantised or not.
+            w13_bias, w2_bias: likewise; one may be there without the other.
+            activation, weight_layout, options: as of the class, but for bias, dtype and device.
+
+        Raises:
+            ShapeError, OptionError: as the class.
+
+        >>> import fusedmoe
+        >>> w13, w2 = (fusedmoe.quantize(torch.randn(4, 64, 64), "int4_w4a16", group=32) for _ in range(2))
+        >>> layer = FusedExperts.of(w13, w2, activation="relu2_no_mul")
+        >>> sorted(layer.state_dict())
+        ['formats._extra_state', 'w13', 'w13_scale', 'w2', 'w2_scale']
+        """
+        if len(w2.shape) != 3:
+            raise ShapeError(
+                explain("w2", got=tuple(w2.shape), wanted="[E, H, I], or [E, I, H] as KN", do="Stack the experts.")
+            )
+        n_experts, hidden, intermediate = w2.shape
+        if weight_layout == "KN":
+            hidden, intermediate = intermediate, hidden
+        layer = cls(
+            *(n_experts, hidden, intermediate),
+            activation=activation,
+            weight_layout=weight_layout,
+            device="meta",
+            **options,
+        )
+        for name, matrix in (("w13", w13), ("w2", w2)):
+            wanted = tuple(getattr(layer, name).shape)
+            if tuple(matrix.shape) != wanted:
+                do = "Choose the activation (gated or not) and the weight_layout of these experts."
+                raise ShapeError(explain(name, got=tuple(matrix.shape), wanted=wanted, do=do))
+            layer._hold(name, matrix)
+        for name, bias in (("w13_bias", w13_bias), ("w2_bias", w2_bias)):
+            layer.register_parameter(name, None if bias is None else torch.nn.Parameter(bias, requires_grad=False))
+        return layer
+
+    @classmethod
     def from_checkpoint(
         cls,
         directory: str | os.PathLike[str],
         layer: int,
         *,
+        experts: tuple[int, int] | None = None,
+        intermediate: tuple[int, int] | None = None,
         dtype: torch.dtype | None = None,
         device: str | torch.device = "cpu",
+        progress: bool | None = None,
+        emulate: bool = False,
         backend: str | None = None,
     ) -> FusedExperts:
-        """Read the routed experts of one layer of a Hugging Face checkpoint.
+        """Read the routed experts of one layer of a Hugging Face checkpoint, all or a slice, quantised or not.
 
-        Args and errors: see :func:`fusedmoe.checkpoint.read_experts`. The tensors that were read become the
-        parameters, without another copy.
+        Args and errors: see :func:`fusedmoe.checkpoint.read_experts`. The tensors that were read become parameters
+        and buffers, without another copy. With a range of experts, ids stay those of the whole layer (the layer has
+        an ``expert_map``), and experts of other ranks add nothing. The outputs of all ranks add up to the layer.
         """
-        stored = read_experts(directory, layer, dtype=dtype, device=device)
-        hidden, intermediate = stored.w2.shape[1:] if stored.weight_layout == "NK" else stored.w2.shape[:0:-1]
-        experts = cls(
-            stored.w2.shape[0],
-            hidden,
-            intermediate,
+        stored = read_experts(
+            directory,
+            layer,
+            experts=experts,
+            intermediate=intermediate,
+            dtype=dtype,
+            device=device,
+            progress=progress,
+        )
+        return cls.of(
+            stored.w13,
+            stored.w2,
+            w13_bias=stored.w13_bias,
+            w2_bias=stored.w2_bias,
             activation=stored.activation,
             gate_up_layout=stored.gate_up_layout,
             weight_layout=stored.weight_layout,
             apply_router_weight_on_input=stored.apply_router_weight_on_input,
+            expert_map=stored.expert_map(),
+            emulate=emulate,
             backend=backend,
-            device="meta",
         )
-        for name in ("w13", "w2", "w13_bias", "w2_bias"):
-            tensor = getattr(stored, name)
-            parameter = None if tensor is None else torch.nn.Parameter(tensor, requires_grad=False)
-            experts.register_parameter(name, parameter)
-        return experts
+
+    # --- quantised matrices: parameters, buffers, and the one value they make --------------------------------------
+
+    def _hold(self, name: str, matrix: torch.Tensor | ExpertMatrix) -> None:
+        data = matrix.data if isinstance(matrix, ExpertMatrix) else matrix
+        self.register_parameter(name, torch.nn.Parameter(data, requires_grad=False))
+        if isinstance(matrix, ExpertMatrix):
+            for part, tensor in matrix.tensors().items():
+                if part != "data":
+                    self.register_buffer(f"{name}_{part}", tensor)
+            if "formats" not in self._modules:
+                self.formats = _Formats()
+            self.formats.of[name] = (matrix.format, matrix.parts)
+
+    def _formats(self) -> dict[str, tuple[Format, int]]:
+        formats = self._modules.get("formats")
+        return formats.of if isinstance(formats, _Formats) else {}
+
+    def _matrix(self, name: str) -> torch.Tensor | ExpertMatrix:
+        """w13 or w2 for a call; the value is made, and with that checked, only when a tensor is another one."""
+        formats = self._formats()
+        if name not in formats:
+            return getattr(self, name)  # type: ignore[no-any-return]
+        parts = [part for part in _PARTS if f"{name}_{part}" in self._buffers]
+        tensors = (getattr(self, name), *(getattr(self, f"{name}_{part}") for part in parts))
+        kept = self._matrices.get(name)
+        if (
+            kept is None
+            or len(kept[0]) != len(tensors)
+            or any(a is not b for a, b in zip(kept[0], tensors, strict=True))
+        ):
+            form, halves = formats[name]
+            data, *others = tensors
+            kept = tensors, ExpertMatrix(form, data, parts=halves, **dict(zip(parts, others, strict=True)))
+            self._matrices[name] = kept
+        return kept[1]
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> FusedExperts:
+        """Move, and cast but for codes and scales, whose types are part of their meaning."""
+        formats = self._formats()
+        fixed = {id(getattr(self, name)) for name in formats}
+        fixed |= {
+            id(b) for name in formats for part in _PARTS if (b := self._buffers.get(f"{name}_{part}")) is not None
+        }
+
+        def apply(tensor: torch.Tensor) -> torch.Tensor:
+            result = fn(tensor)
+            if id(tensor) not in fixed or result.dtype == tensor.dtype:
+                return result
+            return tensor.to(result.device)
+
+        self._matrices.clear()
+        super()._apply(apply, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def forward(
         self,
@@ -153,6 +293,8 @@ class FusedExperts(torch.nn.Module):
         topk_weights: torch.Tensor,
         topk_ids: torch.Tensor,
         *,
+        hidden_states_scale: torch.Tensor | None = None,
+        dtype: torch.dtype | None = None,
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Apply the experts; equation and types: :func:`fusedmoe.fused_experts`.
@@ -161,6 +303,8 @@ class FusedExperts(torch.nn.Module):
             hidden_states: [..., H].
             topk_weights: [..., top_k], or [T, top_k] with T the product of the leading dimensions.
             topk_ids: as topk_weights.
+            hidden_states_scale: of hidden states that are codes: as fused_experts takes it, or [..., groups].
+            dtype: type of the layer when hidden states are codes.
             out: [..., H], where the result goes; allocated when None.
 
         Returns:
@@ -185,18 +329,25 @@ class FusedExperts(torch.nn.Module):
                         do="Give all arguments the same leading dimensions.",
                     )
                 )
+        scale = hidden_states_scale
+        if scale is not None and scale.dim() > 2 and scale.shape[:-1] == lead:
+            scale = scale.reshape(tokens, -1)
         result = fused_experts(
             hidden_states.reshape(tokens, *hidden_states.shape[-1:]),
-            self.w13,
-            self.w2,
+            self._matrix("w13"),
+            self._matrix("w2"),
             topk_weights.reshape(tokens, *topk_weights.shape[-1:]),
             topk_ids.reshape(tokens, *topk_ids.shape[-1:]),
+            hidden_states_scale=scale,
+            dtype=dtype,
+            emulate=self.emulate,
             activation=self.activation,
             gate_up_layout=self.gate_up_layout,
             weight_layout=self.weight_layout,
             w13_bias=self.w13_bias,
             w2_bias=self.w2_bias,
             apply_router_weight_on_input=self.apply_router_weight_on_input,
+            expert_map=self.expert_map,
             backend=self.backend,
             out=None if out is None else _flat(out, tokens),
         )
@@ -209,11 +360,41 @@ class FusedExperts(torch.nn.Module):
             ("gate_up_layout", "concatenated"),
             ("weight_layout", "NK"),
             ("apply_router_weight_on_input", False),
+            ("emulate", False),
             ("backend", None),
         ):
             if getattr(self, name) != default:
                 parts.append(f"{name}={getattr(self, name)!r}")
-        return ", ".join([*parts, f"bias={self.w13_bias is not None}", f"dtype={self.w13.dtype}"])
+        parts += [] if self.expert_map is None else [f"of {self.expert_map.shape[0]} experts"]
+        parts += [f"bias={self.w13_bias is not None or self.w2_bias is not None}"]
+        formats = self._formats()
+        parts += [f"{name}={form}" for name, (form, _) in formats.items()]
+        parts += [f"dtype={getattr(self, name).dtype}" for name in ("w13", "w2") if name not in formats][:1]
+        return ", ".join(parts)
+
+
+#: Tensors of an ExpertMatrix beside its codes.
+_PARTS = ("scale", "zero", "tensor_scale", "input_scale")
+
+
+class _Formats(torch.nn.Module):
+    """Formats of w13 and w2 as extra state; a tensor, as files of tensors hold nothing else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.of: dict[str, tuple[Format, int]] = {}
+
+    def get_extra_state(self) -> torch.Tensor:
+        """JSON as bytes."""
+        said = {name: {**asdict(form), "parts": parts} for name, (form, parts) in self.of.items()}
+        return torch.tensor(list(json.dumps(said, sort_keys=True).encode()), dtype=torch.uint8)
+
+    def set_extra_state(self, state: torch.Tensor) -> None:
+        """Compare."""
+        got, own = (json.loads(bytes(text.tolist())) for text in (state, self.get_extra_state()))
+        if got != own:
+            do = "Load it into a layer that was made from matrices of the same formats."
+            raise OptionError(explain("formats of quantised experts in a state dict", got=got, wanted=own, do=do))
 
 
 def _flat(out: torch.Tensor, tokens: int) -> torch.Tensor:

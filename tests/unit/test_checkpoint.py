@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import importlib.util
 import json
 import pickle
 from pathlib import Path
@@ -151,6 +152,19 @@ def test_result_outlives_the_file(tmp_path):
     stored = read_experts(tmp_path, LAYER)
     (tmp_path / "model.safetensors").write_bytes(b"\0" * 100)
     assert torch.equal(stored.w13, tensors[f"model.layers.{LAYER}.mlp.experts.gate_up_proj"])
+
+
+def test_progress(tmp_path, capsys, monkeypatch):
+    write(tmp_path, fused())
+    read_experts(tmp_path, LAYER)
+    read_experts(tmp_path, LAYER, progress=False)
+    assert capsys.readouterr().err == ""
+    read_experts(tmp_path, LAYER, progress=True)
+    assert "layer 1" in capsys.readouterr().err
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "rich" else find(name))
+    read_experts(tmp_path, LAYER, progress=True)
+    assert f"layer 1 {2 * E}/{2 * E}" in capsys.readouterr().err
 
 
 def test_type_and_device(tmp_path):
@@ -433,7 +447,7 @@ def test_fused_with_parts_that_do_not_fit(tmp_path):
     fails(tmp_path, "got no model.layers.1.mlp.experts.down_proj")
 
 
-@pytest.mark.parametrize("extra", ["0.gate_proj.bias", "0.w1.weight", "norm.weight", "down_proj_bias"])
+@pytest.mark.parametrize("extra", ["0.gate_proj.g_idx", "0.w1.weight", "norm.weight", "down_proj_bias"])
 def test_tensors_that_are_not_understood_are_not_ignored(extra, tmp_path):
     write(tmp_path, {**separate(), f"model.layers.1.mlp.experts.{extra}": torch.randn(I)})
     fails(tmp_path, f"tensors beside the experts of .*got model.layers.1.mlp.experts.{extra}")
@@ -444,21 +458,31 @@ def test_unknown_naming(tmp_path):
     fails(tmp_path, "got model.layers.1.mlp.experts.fc1.weight; wanted one of the namings")
 
 
-ONLY_UNQUANTISED = "quantised experts: got .*This version reads unquantised checkpoints only"
+def test_biases_of_separate_experts(tmp_path):
+    tensors = separate()
+    for name in list(tensors):
+        tensors[name.replace("weight", "bias")] = torch.randn(tensors[name].shape[0]).to(torch.bfloat16)
+    write(tmp_path, tensors)
+    stored, head = read_experts(tmp_path, LAYER), "model.layers.1.mlp.experts.2."
+    assert torch.equal(stored.w13_bias[2], torch.cat([tensors[f"{head}{n}_proj.bias"] for n in ("gate", "up")]))
+    assert torch.equal(stored.w2_bias[2], tensors[f"{head}down_proj.bias"])
+    assert FusedExperts.from_checkpoint(tmp_path, LAYER).w2_bias.dtype == torch.bfloat16
+    for lost in (f"{head}up_proj.bias", "model.layers.1.mlp.experts.0.gate_proj.bias"):
+        write(tmp_path, {name: tensor for name, tensor in tensors.items() if name != lost})
+        fails(tmp_path, f"got no {lost}; wanted all of them")
 
 
-def test_quantised(tmp_path):
-    write(tmp_path, separate(), {"quantization_config": {"quant_method": "fp8"}})
-    fails(tmp_path, "got quantization_config with method 'fp8'.*reads unquantised checkpoints only")
+def test_quantised_tensors_need_a_configuration(tmp_path):
     scale = {"model.layers.1.mlp.experts.0.up_proj.weight_scale_inv": torch.ones(1)}
     write(tmp_path, {**separate(), **scale})
-    fails(tmp_path, ONLY_UNQUANTISED)
+    fails(tmp_path, "tensors beside the experts of .*weight_scale_inv")
+    do = "type of .*weight, data of experts that are not quantised: got .*config.json: it has to say how"
     write(tmp_path, {name: tensor.to(torch.float8_e4m3fn) for name, tensor in separate().items()})
-    fails(tmp_path, ONLY_UNQUANTISED)
+    fails(tmp_path, do)
     write(tmp_path, {name: tensor.to(torch.uint8) for name, tensor in fused().items()})
-    fails(tmp_path, ONLY_UNQUANTISED)
+    fails(tmp_path, "type of .*gate_up_proj, data of experts that are not quantised: got U8; wanted F32 or")
     write(tmp_path, {"model.layers.1.mlp.experts.gate_up_proj_blocks": torch.zeros(E, dtype=torch.uint8)})
-    fails(tmp_path, ONLY_UNQUANTISED)
+    fails(tmp_path, "experts: got no .*gate_up_proj.weight or .*gate_up_proj; wanted it, for the data")
 
 
 @pytest.mark.parametrize(
@@ -488,7 +512,7 @@ def test_broken_router(tmp_path):
     write(tmp_path, {**separate(), name: torch.randn(H)}, known)
     fails(tmp_path, f"tensor {name}: got shape .32,. of torch.float32", read=read_router)
     write(tmp_path, {**separate(), name: torch.ones(E, H, dtype=torch.int8)}, known)
-    fails(tmp_path, f"tensor {name}: got .* of a type that is not float", read=read_router)
+    fails(tmp_path, f"tensor {name}: got .* of I8, a type that is not float", read=read_router)
     bias = {"model.layers.1.mlp.gate.bias": torch.randn(E + 1)}
     write(tmp_path, {**separate(), name: torch.randn(E, H), **bias}, known)
     fails(tmp_path, "gate.bias: got shape .5,. of torch.float32; wanted floats of shape .4,", read=read_router)

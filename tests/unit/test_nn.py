@@ -8,9 +8,11 @@ import math
 import pytest
 import torch
 
+from fusedmoe import expert_matrix
 from fusedmoe.errors import GradientError, LayoutError, OptionError, ShapeError
 from fusedmoe.functional import fused_experts
 from fusedmoe.nn import FusedExperts
+from fusedmoe.quantization import quantize
 from fusedmoe.spec.activation import Activation
 
 E, H, I, TOP_K = 4, 32, 24, 2
@@ -160,3 +162,146 @@ def test_repr():
     text = repr(FusedExperts(E, H, I, weight_layout="KN", dtype=torch.float16))
     assert "4, 32, 24" in text and "'silu'" in text and "weight_layout='KN'" in text and "torch.float16" in text
     assert "gate_up_layout" not in text
+
+
+# ------------------------------------------------------------------------------------------------- quantised
+
+FORMATS = [
+    ("fp8_block", {"parts": 2}),
+    ("fp8_tensor", {"parts": 2, "input_scale": 0.02}),
+    ("int8_w8a8", {}),
+    ("int4_w4a16", {"group": 32, "zero": True}),
+    ("mxfp4", {}),
+    ("nvfp4", {}),
+]
+QH, QI = 64, 96
+
+
+def quantised(scheme="int4_w4a16", seed=0, **options):
+    generator = torch.Generator().manual_seed(seed)
+    w13, w2 = torch.randn(E, 2 * QI, QH, generator=generator) / 8, torch.randn(E, QH, QI, generator=generator) / 10
+    return quantize(w13, scheme, **options), quantize(w2, scheme, **{**options, "parts": 1})
+
+
+def tokens(n=7):
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.rand(n, E, generator=generator).topk(TOP_K).indices
+    return torch.randn(n, QH, generator=generator), torch.rand(n, TOP_K, generator=generator), ids
+
+
+@pytest.mark.parametrize(("scheme", "options"), FORMATS)
+def test_quantised_layer_is_the_function(scheme, options):
+    w13, w2 = quantised(scheme, **options)
+    layer = FusedExperts.of(w13, w2)
+    hidden, weights, ids = tokens()
+    assert torch.equal(layer(hidden, weights, ids), fused_experts(hidden, w13, w2, weights, ids))
+    assert (layer.num_experts, layer.hidden_size, layer.intermediate_size) == (E, QH, QI)
+    assert layer.w13.data_ptr() == w13.data.data_ptr() and str(w13.format) in repr(layer)
+
+
+@pytest.mark.parametrize(("scheme", "options"), FORMATS)
+def test_quantised_state_dict(scheme, options, tmp_path):
+    source = FusedExperts.of(*quantised(scheme, **options), w2_bias=torch.randn(E, QH))
+    target = FusedExperts.of(*quantised(scheme, seed=1, **options), w2_bias=torch.zeros(E, QH))
+    other = target(*tokens())
+    save_file = pytest.importorskip("safetensors.torch").save_file
+    state = source.state_dict()
+    save_file(state, tmp_path / "state.safetensors")  # tensors only, so that any file of tensors can hold it
+    target.load_state_dict(state)
+    assert torch.equal(target(*tokens()), source(*tokens()))
+    assert not torch.equal(target(*tokens()), other)
+    assigned = FusedExperts.of(*quantised(scheme, seed=1, **options), w2_bias=torch.zeros(E, QH))
+    assigned(*tokens())  # so that the matrices have been made once
+    assigned.load_state_dict(state, assign=True)
+    assert torch.equal(assigned(*tokens()), source(*tokens()))
+    assert torch.equal(copy.deepcopy(source)(*tokens()), source(*tokens()))
+
+
+def test_state_dict_of_another_format_is_refused():
+    four, eight = (FusedExperts.of(*quantised("int4_w4a16", group=32, zero=zero)) for zero in (True, False))
+    with pytest.raises(OptionError, match="'zero': False.*wanted .*'zero': True"):
+        four.load_state_dict(eight.state_dict())
+    static = FusedExperts.of(*quantised("fp8_channel"))
+    weight_only = FusedExperts.of(*quantised("fp8_w8a16", block=(1, 0)))
+    with pytest.raises(OptionError, match="formats of quantised experts in a state dict: got .*fp8_w8a16.*wanted"):
+        static.load_state_dict(weight_only.state_dict())
+
+
+@pytest.mark.parametrize(("scheme", "options"), FORMATS)
+def test_casts_leave_codes_and_scales(scheme, options):
+    layer = FusedExperts.of(*quantised(scheme, **options), w2_bias=torch.randn(E, QH))
+    before = {name: tensor.dtype for name, tensor in layer.state_dict().items() if "bias" not in name}
+    wanted = layer(*tokens())
+    for change in (lambda m: m.to(torch.bfloat16), lambda m: m.half(), lambda m: m.to("cpu", torch.float32)):
+        layer = change(layer)
+        after = layer.state_dict()
+        assert {name: tensor.dtype for name, tensor in after.items() if "bias" not in name} == before
+    assert layer.w2_bias.dtype == torch.float32
+    layer.w2_bias.data = layer.w2_bias.data.clone()
+    assert (layer(*tokens()) - wanted).abs().max() < 0.02  # the bias was rounded
+    assert {t.device.type for t in layer.to("meta").state_dict().values() if t.dtype != torch.uint8} <= {"meta"}
+    empty = layer.to_empty(device="cpu")
+    assert {n: t.dtype for n, t in empty.state_dict().items() if "bias" not in n} == before
+
+
+def test_matrices_are_checked_once(monkeypatch):
+    layer, made = FusedExperts.of(*quantised(group=32)), []
+    original = expert_matrix.ExpertMatrix._check
+    monkeypatch.setattr(expert_matrix.ExpertMatrix, "_check", lambda s, p: (made.append(1), original(s, p))[1])
+    for _ in range(3):
+        layer(*tokens())
+    assert len(made) == 2
+    layer.w2_scale = layer.w2_scale * 2
+    doubled = layer(*tokens())
+    assert len(made) == 3
+    layer.w2_scale = layer.w2_scale / 2
+    assert torch.allclose(doubled, 2 * layer(*tokens()), rtol=1e-5)
+
+
+def test_one_matrix_may_stay_unquantised():
+    (w13, w2), (_, plain) = quantised(group=32), (None, torch.randn(E, QH, QI))
+    layer = FusedExperts.of(w13, plain)
+    hidden, weights, ids = tokens()
+    assert torch.equal(layer(hidden, weights, ids), fused_experts(hidden, w13, plain, weights, ids))
+    assert "dtype=torch.float32" in repr(layer) and set(layer.formats.of) == {"w13"}
+    with pytest.raises(OptionError, match="reset_parameters: got quantised experts"):
+        layer.reset_parameters()
+    with pytest.raises(ShapeError, match=r"w13: got .4, 192, 64.; wanted .4, 96, 64."):
+        FusedExperts.of(w13, w2, activation="relu2_no_mul")
+
+
+def test_expert_map_makes_ranks_add_up():
+    w13, w2 = quantised(group=32)
+    wanted = FusedExperts.of(w13, w2)(*tokens())
+    total = 0
+    for start, stop in ((0, 1), (1, E)):
+        local = torch.full((E,), -1)
+        local[start:stop] = torch.arange(stop - start)
+        rank = FusedExperts.of(w13.experts(start, stop), w2.experts(start, stop), expert_map=local)
+        assert "expert_map" not in rank.state_dict() and f"of {E} experts" in repr(rank)
+        total = total + rank(*tokens())
+    torch.testing.assert_close(total, wanted)
+
+
+def test_hidden_states_that_are_codes():
+    w13, w2 = quantised("fp8_channel")
+    layer = FusedExperts.of(w13, w2, emulate=True)
+    hidden, weights, ids = tokens(6)
+    scale = hidden.abs().amax(1, keepdim=True) / 448
+    codes = (hidden / scale).to(torch.float8_e4m3fn)
+    got = layer(
+        codes.view(2, 3, QH),
+        weights.view(2, 3, TOP_K),
+        ids.view(2, 3, TOP_K),
+        hidden_states_scale=scale.view(2, 3, 1),
+        dtype=torch.float32,
+    )
+    options = {"hidden_states_scale": scale, "dtype": torch.float32, "emulate": True}
+    assert torch.equal(got.view(6, QH), fused_experts(codes, w13, w2, weights, ids, **options))
+
+
+def test_compiled():
+    layer = FusedExperts.of(*quantised(group=32))
+    wanted = layer(*tokens())
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(*tokens()), wanted)

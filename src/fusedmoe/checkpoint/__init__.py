@@ -8,8 +8,15 @@ so any prefix before ``layers.<n>.`` will do. These namings are known (``w1``, `
     experts.<e>.w1.weight, .w3.weight, .w2.weight                     [I, H], [I, H], [H, I]
     experts.<e>.gate_proj.weight, .up_proj.weight, .down_proj.weight  [I, H], [I, H], [H, I]
     experts.<e>.up_proj.weight, .down_proj.weight   (not gated)       [I, H], [H, I]
-    experts.gate_up_proj, experts.down_proj [, ..._bias]              [E, 2I, H], [E, H, I] or both transposed
+    experts.gate_up_proj, experts.down_proj                           [E, 2I, H], [E, H, I] or both transposed
     block_sparse_moe.input_linear.weight, .output_linear.weight       [E, 2I, H], [E, H, I]
+
+each with or without biases (``.bias`` in place of ``.weight``; ``gate_up_proj_bias``, ``down_proj_bias``).
+
+Quantised experts are recognised by ``quantization_config`` of config.json: fp8 per block or per tensor (DeepSeek-V3,
+Qwen3-FP8, Transformers), compressed-tensors (fp8 per channel, tensor or block, int8, packed int4 and int8 with or
+without zero points, nvfp4), GPTQ (versions 1 and 2), AWQ, mxfp4 of gpt-oss, ModelOpt (FP8, NVFP4), and what
+``fusedmoe quantize`` writes. :mod:`fusedmoe.checkpoint.methods` has one function for each.
 
 A checkpoint is somebody else's file. Nothing in it is executed, pickles are not opened, files outside the
 directory are not followed, and a tensor next to the experts that is not understood is an error: leaving it
@@ -25,10 +32,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from fusedmoe.checkpoint import models
+from fusedmoe.checkpoint.assembly import Source, check_range, cut, read_bias, read_matrix
 from fusedmoe.checkpoint.files import EMBEDDING, FLOATS, LAYER, error, open_checkpoint, some
 from fusedmoe.checkpoint.models import RoutingRule
-from fusedmoe.checkpoint.stored import stored_experts
+from fusedmoe.checkpoint.progress import ticks
+from fusedmoe.checkpoint.stored import find_layer
 from fusedmoe.errors import CheckpointError, DTypeError, ShapeError, explain
+from fusedmoe.expert_matrix import ExpertMatrix
 from fusedmoe.spec.activation import Activation
 from fusedmoe.spec.layout import GateUpLayout, WeightLayout
 
@@ -96,79 +106,128 @@ class ExpertsCheckpoint:
     """The experts of one layer, with the options that :func:`fusedmoe.fused_experts` needs for them.
 
     Attributes:
-        w13: [E, 2I, H] ([E, I, H] when not gated), or [E, H, 2I] when weight_layout is "KN".
-        w2: [E, H, I], or [E, I, H] when weight_layout is "KN".
+        w13: [E, 2I, H] ([E, I, H] when not gated), or [E, H, 2I] when weight_layout is "KN"; an ExpertMatrix when
+            quantised.
+        w2: [E, H, I], or [E, I, H] when weight_layout is "KN"; likewise.
         w13_bias: [E, 2I] or None.
         w2_bias: [E, H] or None.
         activation, gate_up_layout, weight_layout, apply_router_weight_on_input: options of fused_experts.
+        experts: numbers of the experts that were read, of ``num_experts`` that the layer has.
         top_k: experts per token, None when config.json does not say.
         router: how the layer routes, None when that is not known (see :func:`read_router`).
+        dtype: type of the model's other weights as config.json says it, None when it does not.
     """
 
-    w13: torch.Tensor
-    w2: torch.Tensor
+    w13: torch.Tensor | ExpertMatrix
+    w2: torch.Tensor | ExpertMatrix
     w13_bias: torch.Tensor | None
     w2_bias: torch.Tensor | None
     activation: Activation
     gate_up_layout: GateUpLayout
     weight_layout: WeightLayout
     apply_router_weight_on_input: bool
+    experts: range
+    num_experts: int
     top_k: int | None
     router: RoutingRule | None
+    dtype: torch.dtype | None
+
+    def expert_map(self) -> torch.Tensor | None:
+        """[num_experts] int32, local number of each expert or -1; None when all were read."""
+        if len(self.experts) == self.num_experts:
+            return None
+        local = torch.full((self.num_experts,), -1, dtype=torch.int32, device=self.w13.device)
+        local[self.experts.start : self.experts.stop] = torch.arange(len(self.experts), dtype=torch.int32)
+        return local
 
 
 def read_experts(
     directory: str | os.PathLike[str],
     layer: int,
     *,
+    experts: tuple[int, int] | None = None,
+    intermediate: tuple[int, int] | None = None,
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
+    progress: bool | None = None,
 ) -> ExpertsCheckpoint:
-    """Read the routed experts of one layer; see the module for the namings.
+    """Read the routed experts of one layer, all or a slice; see the module for the namings.
 
     Only tensors of these experts are read, one expert at a time into the result, so that the peak is the
-    result and one matrix. Fused tensors keep their layout; separate ones become "NK", "concatenated".
+    result and one expert. Fused tensors keep their layout; separate ones become "NK", "concatenated".
+
+    Expert parallel: each rank reads a range of ``experts``; router ids pass through ``expert_map()``.
+
+    Tensor parallel: each rank reads a range of the ``intermediate`` size, gate and up rows and columns of w2, and the
+    outputs of all ranks add up to the layer. ``w2_bias`` comes with the slice that starts at 0 and with no other, so
+    that it is added once. Where a slice starts or ends inside a block of weights that share a scale, blocks are
+    re-cut to what block and ends have in common, with repeated scales, if that is at least 32. Else the slice is
+    extended, down and up, to the nearest multiples where it is; w13 rows (and biases) of the neighbours are then
+    zeros, so that their activations are too, and the sum is the same; the result is wider than was asked for.
+    Rows that are quantised in the call get their dynamic scales from the slice, groups as narrow as the re-cut
+    blocks, so that these rows are rounded a little differently from those of the whole layer.
+
+    A static ``input_scale`` is the largest of all experts of the layer and of gate and up. Zero points that GPTQ's
+    version 1 stores as the largest code are 0.
 
     Args:
         directory: of the checkpoint.
         layer: number of the layer, as it stands in the tensor names.
-        dtype: float32, float16, bfloat16 or float64; as stored when None.
+        experts: (start, stop) of the experts to read; all when None.
+        intermediate: (start, stop) of the intermediate size to read; all when None.
+        dtype: float32, float16, bfloat16 or float64, of weights that are not quantised and of biases; as stored
+            when None.
         device: where the result lies.
+        progress: show a bar on stderr; None: on a terminal, when it takes long.
 
     Raises:
-        CheckpointError: the directory, a file, a tensor or the configuration is missing, broken, inconsistent,
-            quantised or not understood; the layer does not exist or has no experts.
+        CheckpointError: the directory, a file, a tensor or the configuration is missing, broken, inconsistent or not
+            understood, or the experts are quantised in a way that is not known here; the layer does not exist or has
+            no experts.
+        OptionError: a range is not within the layer.
         DTypeError: dtype is not one of the above.
         MissingDependencyError: safetensors is not installed.
     """
     _check_dtype(dtype)
     with open_checkpoint(directory) as files:
         config = files.config
-        models.refuse_quantised(config)
-        stored = stored_experts(files, files.block(layer))
+        stored = find_layer(files, files.block(layer))
         activation = models.activation_of(config, gated=stored.gated)
-        tensors = {
-            role: torch.empty(shape, dtype=dtype or stored.dtype, device=device)
-            for role, shape in stored.shapes.items()
-        }
-        for piece in stored.pieces:
-            files.copy(piece.name, tensors[piece.role][piece.expert][piece.rows], part=piece.part)
-    model_type = models.model_type_of(config)
+        chosen = check_range("experts", experts, stored.experts)
+        wanted = check_range("intermediate", intermediate, stored.intermediate)
+        stored.check(chosen)
+        plan = cut(stored, wanted)
+        down = (Source(stored.w2, range(stored.hidden), range(stored.hidden)),)
+        with ticks(progress, 2 * len(chosen), f"layer {layer}") as tick:
+            w13 = read_matrix(
+                *(plan.w13, range(stored.hidden), chosen),
+                block=plan.w13_block,
+                parts=plan.parts,
+                dtype=dtype,
+                device=device,
+                tick=tick,
+            )
+            w2 = read_matrix(*(down, plan.columns, chosen), block=plan.w2_block, dtype=dtype, device=device, tick=tick)
+        w13_bias = read_bias(plan.w13, chosen, dtype=dtype, device=device)
+        w2_bias = read_bias(down, chosen, dtype=dtype, device=device) if wanted.start == 0 else None
     try:
         rule = models.rule_of(config)
     except CheckpointError:  # the experts are usable with any routing; read_router says what is wrong
         rule = None
     return ExpertsCheckpoint(
-        w13=tensors["w13"],
-        w2=tensors["w2"],
-        w13_bias=tensors.get("w13_bias"),
-        w2_bias=tensors.get("w2_bias"),
+        w13=w13,
+        w2=w2,
+        w13_bias=w13_bias,
+        w2_bias=w2_bias,
         activation=activation,
-        gate_up_layout="interleaved" if model_type in models.INTERLEAVED else "concatenated",
+        gate_up_layout="interleaved" if stored.interleaved else "concatenated",
         weight_layout=stored.weight_layout,
-        apply_router_weight_on_input=model_type in models.WEIGHT_ON_INPUT,
+        apply_router_weight_on_input=models.model_type_of(config) in models.WEIGHT_ON_INPUT,
+        experts=chosen,
+        num_experts=stored.experts,
         top_k=models.integer(config, models.TOP_K),
         router=rule,
+        dtype=models.dtype_of(config),
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import struct
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -17,6 +18,8 @@ from fusedmoe.errors import CheckpointError, MissingDependencyError, explain
 #: Types of weights that are not quantised, as safetensors names them.
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 
+#: Bytes that are copied at once.
+_PIECE = 2**24
 CONVERT_AGAIN = "Download or convert the checkpoint again."
 LAYER = re.compile(r"^(?:.*\.)?(?:layers|h|blocks)\.(\d{1,6})\.")
 #: Ends where the names of routed experts begin; "shared_experts." are none, because of the dot before.
@@ -46,7 +49,8 @@ def _ranges(numbers: Iterable[int]) -> str:
     return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
 
 
-def _json_object(path: Path) -> dict[str, Any]:
+def json_object(path: Path) -> dict[str, Any]:
+    """The object in a file of JSON."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as cause:
@@ -63,6 +67,7 @@ class Files:
         self.directory = directory
         self._stack = stack
         self._handles: dict[str, Any] = {}
+        self._offsets: dict[str, tuple[int, int]] = {}
         if not directory.is_dir():
             raise error(
                 "checkpoint",
@@ -70,7 +75,7 @@ class Files:
                 wanted="a directory with config.json and *.safetensors",
                 do="Pass the local path of a downloaded model, not its name on a hub.",
             )
-        config = _json_object(directory / "config.json")
+        config = json_object(directory / "config.json")
         nested = config.get("text_config")
         self.config: dict[str, Any] = {**config, **nested} if isinstance(nested, dict) else config
         self._file_of = self._find_files()
@@ -90,7 +95,7 @@ class Files:
                 if pickles
                 else CONVERT_AGAIN,
             )
-        files = _json_object(index).get("weight_map")
+        files = json_object(index).get("weight_map")
         if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
             raise error(f"weight_map of {index}", got=type(files).__name__, wanted="names of files", do=CONVERT_AGAIN)
         for file in set(files.values()):
@@ -138,6 +143,30 @@ class Files:
             handle = self._handle(file)
             tensor: torch.Tensor = handle.get_slice(name)[index] if index else handle.get_tensor(name)
             return tensor
+
+    def raw(self, name: str) -> tuple[str, tuple[int, ...], int, Iterator[bytes]]:
+        """Type, shape, size and bytes, in pieces, of a tensor of any type."""
+        shape, kind = self.header(name)  # opens the file, which checks what its header says
+        path = self.directory / self._file_of[name]
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if name not in self._offsets:
+                header = json.loads(file.read(length))
+                own = (key for key in header if self._file_of.get(key) == path.name)
+                self._offsets.update({key: header[key]["data_offsets"] for key in own})
+        start, stop = self._offsets[name]
+
+        def pieces() -> Iterator[bytes]:
+            with path.open("rb") as file:
+                file.seek(8 + length + start)
+                for left in range(stop - start, 0, -_PIECE):
+                    yield file.read(min(left, _PIECE))
+
+        return kind, shape, stop - start, pieces()
+
+    def nbytes(self) -> int:
+        """Size of all files of tensors."""
+        return sum((self.directory / file).stat().st_size for file in set(self._file_of.values()))
 
     def tensor(
         self, name: str, shape: tuple[int | None, ...], dtype: torch.dtype | None, device: str | torch.device

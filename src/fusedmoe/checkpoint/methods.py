@@ -110,7 +110,7 @@ def method_of(config: Mapping[str, Any], modules: Iterable[str]) -> tuple[Method
     if not said:
         return PLAIN, False
     name = said.get("quant_method") if isinstance(said, dict) else said
-    if name not in METHODS:
+    if not isinstance(name, str) or name not in METHODS:
         raise error(
             "quantisation of the experts",
             got=f"quantization_config with method {name!r} in config.json",
@@ -159,7 +159,9 @@ def _refuse(name: str, got: object, wanted: object, do: str = "Take another chec
 
 def _bytes(words: Tensor) -> Tensor:
     """Words [rows, columns] whose codes follow each other along K are canonical as they lie: low bits first."""
-    return words.contiguous().view(torch.uint8)
+    # A copy: the slice of a file may have a stride of its own even where there is one column.
+    lie = torch.empty(words.shape, dtype=words.dtype).copy_(words)
+    return lie.view(torch.uint8)
 
 
 def _flat(blocks: Tensor) -> Tensor:
@@ -167,7 +169,7 @@ def _flat(blocks: Tensor) -> Tensor:
 
 
 def _exponents(scale: Tensor) -> Tensor:
-    return scale.contiguous().view(torch.uint8) if scale.dtype == torch.float8_e8m0fnu else scale
+    return scale.view(torch.uint8) if scale.dtype == torch.float8_e8m0fnu else scale
 
 
 def _down(bits: int, order: tuple[int, ...] | None = None, plus: int = 0) -> Callable[[Tensor], Tensor]:
@@ -179,7 +181,7 @@ def _down(bits: int, order: tuple[int, ...] | None = None, plus: int = 0) -> Cal
 
     def decode(words: Tensor) -> Tensor:
         rows, columns = words.shape
-        stored = words.contiguous().view(torch.uint8).view(rows, columns, 4)
+        stored = _bytes(words).view(rows, columns, 4)
         codes = torch.empty(rows, per, columns, dtype=torch.uint8)
         for i in range(per):
             code = stored[..., i] if bits == 8 else stored[..., i // 2] >> (4 * (i % 2)) & 15
@@ -368,9 +370,7 @@ def _awq(said: dict[str, Any], modules: tuple[str, ...]) -> Method:
         name="awq",
         choices={"scheme": scheme, "element": element, "block": block, "zero": True},
         parts={
-            "data": Stored(
-                (".qweight",), ("I32",), (8, 1), transposed=True, decode=lambda words: pack(decode(words))
-            ),
+            "data": Stored((".qweight",), ("I32",), (8, 1), transposed=True, decode=lambda words: pack(decode(words))),
             "scale": Stored((".scales",), _FLOAT_SCALES, (1, stored), transposed=True),
             "zero": Stored((".qzeros",), ("I32",), (8, stored), transposed=True, decode=decode),
             "bias": _BIAS,
@@ -403,7 +403,7 @@ def _fusedmoe(said: dict[str, Any], modules: tuple[str, ...]) -> Method:
     parts = {
         "data": Stored((".weight",), (types.get(form.element, "U8"),), (1, kind.per_byte)),
         "scale": Stored((".weight_scale",), (scale,), form.block),
-        **_static(form.inputs and form.inputs.mode, ".input_scale"),
+        **_static(form.inputs.mode if form.inputs else None, ".input_scale"),
         "bias": _BIAS,
     }
     if form.zero:

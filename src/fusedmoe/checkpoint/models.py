@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+import torch
+
 from fusedmoe.checkpoint.files import CONVERT_AGAIN, error
 from fusedmoe.errors import OptionError
 from fusedmoe.spec.activation import Activation
@@ -111,6 +113,13 @@ def model_type_of(config: dict[str, Any]) -> str:
     return str(config.get("model_type")).removesuffix("_text")
 
 
+def dtype_of(config: dict[str, Any]) -> torch.dtype | None:
+    """Type of the model's weights that are not quantised, None when it is not said."""
+    said = config.get("dtype") or config.get("torch_dtype")
+    kinds = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+    return kinds.get(said) if isinstance(said, str) else None
+
+
 def activation_of(config: dict[str, Any], *, gated: bool) -> Activation:
     """The activation of the experts."""
     # Where a model has several of these keys, the special one is the one its code uses.
@@ -171,4 +180,3 @@ def rule_of(config: dict[str, Any]) -> RoutingRule:
         topk_group=integer(said, ("topk_group",)) or 1,
         routed_scaling_factor=float(factor),
     )
-

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fusedmoe.checkpoint.files import CONVERT_AGAIN, FLOATS, Files, error, some
-from fusedmoe.checkpoint.methods import PLAIN, Method, Stored, method_of
+from fusedmoe.checkpoint.methods import PLAIN, Method, method_of
 from fusedmoe.checkpoint.models import INTERLEAVED, integer, model_type_of
 from fusedmoe.errors import CheckpointError
 from fusedmoe.spec.format import Format
@@ -24,7 +23,7 @@ def _ceil(size: int, unit: int) -> int:
     return -(-size // unit) if unit else 1
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Projection:
     """One projection [N, K] of all experts: where its tensors are, and how to read a rectangle of one expert.
 
@@ -104,7 +103,7 @@ class Projection:
     def _spread(
         self, part: str, expert: int, rows: list[int], columns: range, block: int, units: range | None = None
     ) -> Tensor:
-        """Rows and columns of a part for blocks of columns; ``rows`` are of the tensor, or of what ``units`` decode to."""
+        """A part for blocks of columns; ``rows`` count in the tensor, or in what ``units`` of it decode to."""
         stored = self.method.parts[part]
         column = [c // stored.unit[1] if stored.unit[1] else 0 for c in _starts(columns, block)]
         first = range(min(rows), max(rows) + 1) if units is None else units
@@ -119,6 +118,12 @@ class Projection:
     def bias(self, expert: int, rows: range) -> Tensor:
         """Bias of some rows."""
         return self._read("bias", expert, rows, range(1)).flatten()
+
+    def ordered(self, expert: int, columns: range) -> bool:
+        """Whether these columns belong to the groups that they lie in."""
+        group = self.method.parts["scale"].unit[1]
+        order = self._read("order", expert, range(1), columns).flatten()
+        return torch.equal(order.long(), torch.arange(columns.start, columns.stop) // (group or self.shape[1]))
 
     def _read(self, part: str, expert: int, rows: range, columns: range) -> Tensor:
         """Some rows and columns of the tensor of a part, in its own units, rows first: [rows, columns, ...]."""
@@ -206,7 +211,7 @@ class Layer:
 _SEPARATE = (("w1", "w3", "w2"), ("gate_proj", "up_proj", "down_proj"))
 #: Names of w13 and w2 of all experts.
 _FUSED = (("experts.gate_up_proj", "experts.down_proj"), ("input_linear", "output_linear"))
-_SEPARATE_NAME = re.compile(r"(\d{1,6})\.(w[123]|(?:gate|up|down)_proj)(\.[a-z_]+)")
+_SEPARATE_NAME = re.compile(r"(\d{1,6})\.(w[123]|(?:gate|up|down)_proj)(\.[a-z0-9_]+)")
 
 
 def find_layer(files: Files, block: str) -> Layer:
@@ -238,7 +243,7 @@ def _projection(files: Files, head: str, tail: str | None, experts: int, modules
                 continue
             raise error(
                 f"experts quantised as {method.name}" if must else "experts",
-                got=f"no {prefix}{stored.endings[0]}",
+                got=f"no {' or '.join(prefix + ending for ending in stored.endings)}",
                 wanted=f"it, for the {part} of the experts",
                 do=CONVERT_AGAIN,
             )
@@ -253,9 +258,7 @@ def _projection(files: Files, head: str, tail: str | None, experts: int, modules
                 if plain
                 else "Check quantization_config in config.json: it has to say how the experts are quantised.",
             )
-    return Projection(
-        files=files, head=head, tail=tail, experts=experts, method=method, endings=endings, types=types
-    )
+    return Projection(files=files, head=head, tail=tail, experts=experts, method=method, endings=endings, types=types)
 
 
 def _shape(projection: Projection) -> tuple[int, int]:
@@ -304,6 +307,10 @@ def _separate_layer(files: Files, block: str, names: list[str]) -> Layer:
         modules = (f"{head}0.{role}", head[:-1])
         projection = _projection(files, head, f".{role}", experts, modules)
         projections.append(replace(projection, shape=_shape(projection)))
+    # Gate and up have the same parts, or one of them lacks some.
+    both = {part: ending for p in projections[:-1] for part, ending in p.endings.items()}
+    kinds = {part: kind for p in projections[:-1] for part, kind in p.types.items()}
+    projections[:-1] = [replace(p, endings=both | p.endings, types=kinds | p.types) for p in projections[:-1]]
     absent = (
         projection.prefix(e) + ending
         for e in range(experts)
@@ -318,13 +325,11 @@ def _separate_layer(files: Files, block: str, names: list[str]) -> Layer:
     # What does not fit is reported where headers are compared.
     w13 = [replace(p, shape=(intermediate, hidden)) for p in w13]
     w2 = replace(w2, shape=(hidden, intermediate))
-    if any((p.types, p.endings) != (w13[0].types, w13[0].endings) for p in w13):
-        raise _unfit(w13[1], next(part for part in w13[0].endings if _differ(w13, part)), 0, w13[0])
-    if w13[0].method == PLAIN == w2.method and w2.types != w13[0].types:
+    if any(p.types != w13[0].types for p in w13):
+        raise _unfit(w13[1], next(part for part in both if w13[1].types[part] != w13[0].types[part]), 0, w13[0])
+    if w13[0].method == PLAIN == w2.method and w2.types["data"] != w13[0].types["data"]:
         raise _unfit(w2, "data", 0, w13[0])
-    ignored = {
-        p.prefix(e) + ending for e in range(experts) for p in (*w13, w2) for ending in p.method.ignored
-    }
+    ignored = {p.prefix(e) + ending for e in range(experts) for p in (*w13, w2) for ending in p.method.ignored}
     consumed = {p.name(part, e) for p in (*w13, w2) for part in p.endings for e in range(experts)}
     return Layer(
         w13=tuple(w13),
@@ -337,17 +342,20 @@ def _separate_layer(files: Files, block: str, names: list[str]) -> Layer:
     )
 
 
-def _differ(projections: list[Projection], part: str) -> bool:
-    return len({(p.types.get(part), p.endings.get(part)) for p in projections}) > 1
-
-
 def _fused_layer(files: Files, block: str, fused: tuple[str, str]) -> Layer:
     heads = [block + name for name in fused]
     w13, w2 = (_projection(files, head, None, 1, (head, block + "experts")) for head in heads)
     name13, name2 = (p.name("data", 0) for p in (w13, w2))
     first, second = files.header(name13)[0], files.header(name2)[0]
     plain = w13.method == PLAIN == w2.method
-    if len(first) < 3 or len(second) < 3 or 0 in first or first[0] != second[0] or plain and w13.types != w2.types:
+    if (
+        len(first) < 3
+        or len(second) < 3
+        or 0 in first
+        or first[0] != second[0]
+        or plain
+        and w13.types["data"] != w2.types["data"]
+    ):
         raise _unfit(w2, "data", 0, w13)
     experts = _count(files.config, block, first[0])
     if experts != first[0]:
@@ -364,9 +372,8 @@ def _fused_layer(files: Files, block: str, fused: tuple[str, str]) -> Layer:
     w2 = replace(w2, experts=experts, shape=(hidden, inner), transposed=transposed)
     if not plain:
         unit = w13.method.parts["scale"].unit[0]
-        stored = _long(files.header(w13.name("scale", 0))[0][1:])[:1]
-        # Scales of each half, when they cannot be those of blocks that run through.
-        w13 = replace(w13, halves=unit != 1 and stored == [2 * _ceil(inner, unit)])
+        stored = files.header(w13.name("scale", 0))[0][1:2]
+        w13 = replace(w13, halves=unit != 1 and stored == (2 * _ceil(inner, unit),))
     return Layer(
         w13=(w13,),
         w2=w2,

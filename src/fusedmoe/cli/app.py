@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from fusedmoe.cli.quantize import quantize
 from fusedmoe.errors import FusedMoEError, OptionError, explain
 
 if TYPE_CHECKING:
@@ -43,6 +44,8 @@ app = typer.Typer(
     help="The experts of a mixture-of-experts layer as fused GPU kernels.",
     epilog="Exit codes: 0 fine, 1 a result was wrong, 2 wrong usage or an error that the library explains.",
 )
+
+app.command("quantize")(quantize)
 
 
 def _device(name: str | None) -> torch.device:

@@ -32,6 +32,7 @@ class Report:
     Attributes:
         checkpoint, layer: what was read; ``checkpoint`` says so when it was made for this run.
         hidden_states: where they came from.
+        formats: of w13 and w2.
         backend, why, refused, config: the plan.
         us, floor_us, floor_bound, times_floor: time of a call, its floor, what bounds that, and their quotient.
         error, tolerance, reference, rows: see :class:`fusedmoe.testing.verify.Verdict`.
@@ -48,6 +49,7 @@ class Report:
     intermediate: int
     activation: str
     dtype: str
+    formats: list[str]
     device: str
     backend: str
     why: str
@@ -104,7 +106,9 @@ def _run(directory: Path, name: str, job: Job) -> Report:
     experts = read_experts(directory, job.layer, dtype=job.dtype, device=device)
     router = read_router(directory, job.layer, dtype=job.dtype, device=device)
     x, source = _hidden_states(directory, router.weight.shape[1], job)
-    x = x.to(device, experts.w13.dtype)
+    # Quantised experts have no type of their own that rows could follow.
+    plain = next((w.dtype for w in (experts.w13, experts.w2) if isinstance(w, Tensor)), None)
+    x = x.to(device, plain or job.dtype or experts.dtype or torch.bfloat16)
     topk = router(x)
     arguments = (x, experts.w13, experts.w2, topk.weights, topk.ids)
     options: dict[str, Any] = {
@@ -136,6 +140,7 @@ def _run(directory: Path, name: str, job: Job) -> Report:
         intermediate=problem.intermediate,
         activation=problem.activation.name,
         dtype=problem.dtype,
+        formats=[str(form or "not quantised") for form in (problem.w13_format, problem.w2_format)],
         device=str(device),
         backend=plan.backend,
         why=plan.why,

@@ -151,8 +151,8 @@ def _quantised(
     grouped = gemm.format.inputs is not None and gemm.format.inputs.mode == "group"
     block_k = min(128, max(32, _next_power_of_2(gemm.format.block[1]))) if grouped else 128
     if not hopper:
-        # What follows the sum, a second sum or a maximum over all rows, takes registers too.
-        tall = min(block_m, 32 if gemm.format.inputs and gemm.format.inputs.mode in ("group", "tensor") else 64)
+        # What a second sum, a maximum over all rows or codes at the end take in registers is not there for rows.
+        tall = min(block_m, 64 if gemm.format.inputs and gemm.format.inputs.mode == "token" else 32)
         return KernelConfig(block_m=tall, block_n=128 // half, block_k=block_k, warps=4, stages=3, group_m=4)
     tile = KernelConfig(block_m=block_m, block_n=64, block_k=block_k, warps=4, stages=4)
     if block_m <= 32:
