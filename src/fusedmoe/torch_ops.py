@@ -9,6 +9,7 @@ An operator takes tensors and plain values only, so an expert matrix travels as 
 from __future__ import annotations
 
 from dataclasses import astuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,10 +55,10 @@ def format_to_words(form: Format) -> list[str]:
     ]
 
 
-def format_of_words(words: list[str]) -> Format:
+def format_of_words(words: list[Any]) -> Format:
     """The format that :func:`format_to_words` wrote."""
     scheme, element, block_n, block_k, scale, zero, tensor_scale, code, mode, group = words
-    inputs = Inputs(element=code, mode=mode, group=int(group)) if mode else None  # type: ignore[arg-type]
+    inputs = Inputs(element=code, mode=mode, group=int(group)) if mode else None
     return Format(
         scheme=scheme,
         element=element,
@@ -84,8 +85,8 @@ def _matrix(
     return ExpertMatrix(form, data, scale, zero=zero, tensor_scale=tensor_scale, input_scale=input_scale, parts=parts)
 
 
-def _fused_experts(hidden_states: Tensor, *arguments: object) -> Tensor:
-    w13, w2 = _matrix(*arguments[:7]), _matrix(*arguments[7:14])  # type: ignore[arg-type]
+def _fused_experts(hidden_states: Tensor, *arguments: Any) -> Tensor:
+    w13, w2 = _matrix(*arguments[:7]), _matrix(*arguments[7:14])
     (
         topk_weights, topk_ids, w13_bias, w2_bias, expert_map, global_num_experts, hidden_states_scale, dtype, emulate,
         activation, alpha, beta, limit, linear_beta,
@@ -95,28 +96,28 @@ def _fused_experts(hidden_states: Tensor, *arguments: object) -> Tensor:
         hidden_states,
         w13,
         w2,
-        topk_weights,  # type: ignore[arg-type]
-        topk_ids,  # type: ignore[arg-type]
-        hidden_states_scale=hidden_states_scale,  # type: ignore[arg-type]
-        dtype=dtype,  # type: ignore[arg-type]
-        emulate=emulate,  # type: ignore[arg-type]
-        activation=Activation(activation, alpha=alpha, beta=beta, limit=limit, linear_beta=linear_beta),  # type: ignore[arg-type]
-        gate_up_layout=gate_up_layout,  # type: ignore[arg-type]
-        weight_layout=weight_layout,  # type: ignore[arg-type]
-        w13_bias=w13_bias,  # type: ignore[arg-type]
-        w2_bias=w2_bias,  # type: ignore[arg-type]
-        apply_router_weight_on_input=apply_router_weight_on_input,  # type: ignore[arg-type]
-        expert_map=expert_map,  # type: ignore[arg-type]
-        global_num_experts=global_num_experts,  # type: ignore[arg-type]
-        fp32_precision=fp32_precision,  # type: ignore[arg-type]
+        topk_weights,
+        topk_ids,
+        hidden_states_scale=hidden_states_scale,
+        dtype=dtype,
+        emulate=emulate,
+        activation=Activation(activation, alpha=alpha, beta=beta, limit=limit, linear_beta=linear_beta),
+        gate_up_layout=gate_up_layout,
+        weight_layout=weight_layout,
+        w13_bias=w13_bias,
+        w2_bias=w2_bias,
+        apply_router_weight_on_input=apply_router_weight_on_input,
+        expert_map=expert_map,
+        global_num_experts=global_num_experts,
+        fp32_precision=fp32_precision,
     )
-    return experts.run(call, choose(call.problem, target_of(hidden_states.device), backend))  # type: ignore[arg-type]
+    return experts.run(call, choose(call.problem, target_of(hidden_states.device), backend))
 
 
-def _fake(hidden_states: Tensor, *arguments: object) -> Tensor:
+def _fake(hidden_states: Tensor, *arguments: Any) -> Tensor:
     dtype = hidden_states.dtype
     if arguments[20] is not None:  # the scale of hidden states that are codes
-        dtype = arguments[21] or torch.bfloat16  # type: ignore[assignment]
+        dtype = arguments[21] or torch.bfloat16
     return torch.empty(hidden_states.shape, dtype=dtype, device=hidden_states.device)
 
 

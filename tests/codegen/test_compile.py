@@ -127,6 +127,7 @@ FORMATS = [
     format_of("int8_w8a8", inputs="group"),
     format_of("fp8_tensor", inputs="static"),
     format_of("fp8_tensor", inputs="tensor"),
+    format_of("fp8_channel", element="e4m3fnuz"),  # AMD's own, which gfx942 multiplies as it is
 ]
 
 
