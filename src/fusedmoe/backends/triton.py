@@ -16,39 +16,33 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fusedmoe._compat import device_guard, teach_interpreter
+from fusedmoe.backends.rows import flat, in_order, order_of, quantised, with_scale
+from fusedmoe.backends.weights import operand, weight_map
 from fusedmoe.backends.workspace import Layout, Workspace
 from fusedmoe.call import Call
 from fusedmoe.expert_matrix import ExpertMatrix
 from fusedmoe.kernels import (
     activations,
     arrange,
-    decode,
     encode,
     epilogue,
     load,
     overlap,
     quantise,
     routing,
-    scales,
-    step,
     store,
     tiles,
-    words,
 )
 from fusedmoe.kernels.combine import combine as combine_kernel
 from fusedmoe.kernels.gather import gather as gather_kernel
 from fusedmoe.kernels.grouped_gemm import grouped_gemm
 from fusedmoe.kernels.operands import (
-    BlockScale,
     Epilogue,
     Ids,
     Output,
     Parameters,
     Rows,
-    RowScale,
     Schedule,
-    Weight,
-    Zeros,
 )
 from fusedmoe.plan.config import FEW, KernelConfig, Plan, TritonPlan
 from fusedmoe.settings import settings
@@ -154,27 +148,6 @@ def _torch_type(multiply: str) -> torch.dtype:
     return getattr(torch, name)  # type: ignore[no-any-return]
 
 
-#: Types of a kernel's operands by the name that the plan has for them.
-_TRITON_TYPES = {
-    "e4m3": tl.float8e4nv,
-    "e4m3fnuz": tl.float8e4b8,
-    "int8": tl.int8,
-    "float16": tl.float16,
-    "bfloat16": tl.bfloat16,
-    "float32": tl.float32,
-}
-
-
-def _flat(tensor: torch.Tensor) -> tuple[torch.Tensor, int, int]:
-    """A tensor of two dimensions and its strides."""
-    return tensor, tensor.stride(0), tensor.stride(1)
-
-
-def _cube(tensor: torch.Tensor) -> tuple[torch.Tensor, int, int, int]:
-    """A tensor of three dimensions and its strides."""
-    return tensor, tensor.stride(0), tensor.stride(1), tensor.stride(2)
-
-
 def _groups(columns: int, inputs: Inputs) -> int:
     return math.ceil(columns / inputs.group) if inputs.mode == "group" else 1
 
@@ -262,13 +235,13 @@ def gate_up(call: Call, plan: Plan, schedule: _Schedule, work: Workspace) -> Row
     problem, how = call.problem, _plan(plan)
     first, after = _overlap(plan)
     options = {"WAIT": overlap.nothing, **first} if how.few else after
-    x = Rows(*_flat(call.hidden_states), tl.constexpr(problem.top_k))
+    x = Rows(*flat(call.hidden_states), tl.constexpr(problem.top_k))
     if (inputs := _inputs(problem.gate_up_gemm)) is not None:
         x = _tokens_as_codes(call, plan, schedule, x, inputs, work, options)
         options = after
     elif how.gate_up.words:
-        order = _order(problem.gate_up_gemm, how.gate_up)
-        x = _in_word_order(x, problem.gate_up_gemm, order, work["x_codes"], options)
+        order = order_of(problem.gate_up_gemm, how.gate_up)
+        x = in_order(x, problem.gate_up_gemm, order, work["x_codes"], options)
         options = after
     if how.gather:
         x = _gather(plan, schedule, x, work["tokens"])
@@ -306,10 +279,21 @@ def gate_up(call: Call, plan: Plan, schedule: _Schedule, work: Workspace) -> Row
     hidden = work["hidden"]
     live = quantise.slot if how.few else quantise.sorted_row
     static = call.w2.input_scale if isinstance(call.w2, ExpertMatrix) else None
-    x = Rows(*_flat(hidden), None)
-    order = _order(problem.down_gemm, how.down)
-    _quantise(
-        schedule, x, "hidden", problem.intermediate, requantised, static, live, order, work, after, amax_is_there=True
+    x = Rows(*flat(hidden), None)
+    order = order_of(problem.down_gemm, how.down)
+    quantised(
+        schedule.ids,
+        schedule.schedule,
+        x,
+        "hidden",
+        problem.intermediate,
+        requantised,
+        static,
+        live,
+        order,
+        work,
+        after,
+        amax_is_there=True,
     )
     return _hidden_rows(how, requantised, call, work)
 
@@ -326,44 +310,36 @@ def _tokens_as_codes(
             codes[:, : problem.hidden].copy_(call.hidden_states)
             x = x._replace(ptr=codes, stride_row=codes.stride(0), stride_k=codes.stride(1))
             if _plan(plan).gate_up.words:
-                x = _in_word_order(
-                    x, problem.gate_up_gemm, _order(problem.gate_up_gemm, _plan(plan).gate_up), codes, options
+                x = in_order(
+                    x, problem.gate_up_gemm, order_of(problem.gate_up_gemm, _plan(plan).gate_up), codes, options
                 )
         row = scale.stride(0) if scale.shape[0] == problem.tokens else 0
-        return _with_scale(x, inputs, scale, row, scale.stride(1))
+        return with_scale(x, inputs, scale, row, scale.stride(1))
     static = call.w13.input_scale if isinstance(call.w13, ExpertMatrix) else None
     live = quantise.token if inputs.mode == "tensor" else quantise.all_rows
-    order = _order(problem.gate_up_gemm, _plan(plan).gate_up)
-    _quantise(schedule, x, "x", problem.hidden, inputs, static, live, order, work, options, amax_is_there=False)
+    order = order_of(problem.gate_up_gemm, _plan(plan).gate_up)
+    quantised(
+        schedule.ids,
+        schedule.schedule,
+        x,
+        "x",
+        problem.hidden,
+        inputs,
+        static,
+        live,
+        order,
+        work,
+        options,
+        amax_is_there=False,
+    )
     codes, scale = work["x_codes"], work["x_scale"]
-    return _with_scale(Rows(*_flat(codes), x.per), inputs, scale, scale.stride(0), scale.stride(1))
-
-
-def _order(gemm: Gemm, config: KernelConfig) -> Any:
-    """Order of the columns of the rows that a GEMM multiplies."""
-    if not config.words or gemm.format is None:
-        return arrange.as_they_are
-    return arrange.by_words_of_eight if gemm.format.per_byte == 2 else arrange.by_words_of_four
-
-
-def _in_word_order(x: Rows, gemm: Gemm, order: Any, out: torch.Tensor, options: dict[str, Any]) -> Rows:
-    block = min(4096, triton.next_power_of_2(gemm.inner))
-    with device_guard(out.device):
-        arrange.arrange[(out.shape[0], math.ceil(gemm.inner / block))](
-            x, out, out.stride(0), **options, ARRANGE=order, K=gemm.inner, BLOCK_K=block
-        )
-    return x._replace(ptr=out, stride_row=out.stride(0), stride_k=out.stride(1))
-
-
-def _with_scale(x: Rows, inputs: Inputs, scale: torch.Tensor, stride_row: int, stride_group: int) -> Rows:
-    row_scale = RowScale(scale, stride_row, stride_group, tl.constexpr(0) if x.per is None else x.per)
-    return x._replace(scale=row_scale, scale_at=tl.constexpr("step" if inputs.mode == "group" else "end"))
+    return with_scale(Rows(*flat(codes), x.per), inputs, scale, scale.stride(0), scale.stride(1))
 
 
 def _hidden(how: TritonPlan, inputs: Inputs | None, call: Call, work: Workspace) -> tuple[Output, dict[str, Any]]:
     """Where gate-up writes, and its STORE policy."""
     by_slot = tl.constexpr(False)
-    order = arrange.as_they_are if how.requantise == "kernel" else _order(call.problem.down_gemm, how.down)
+    order = arrange.as_they_are if how.requantise == "kernel" else order_of(call.problem.down_gemm, how.down)
     plain = {**_PLAIN, "ARRANGE": order}
     if how.requantise != "epilogue":
         hidden = work["hidden"]
@@ -386,76 +362,13 @@ def _hidden_rows(how: TritonPlan, inputs: Inputs | None, call: Call, work: Works
     """What the down GEMM reads."""
     if inputs is None:
         hidden = work["hidden"]
-        return Rows(*_flat(hidden), None)
+        return Rows(*flat(hidden), None)
     codes, scale = work["hidden_codes"], work["hidden_scale"]
-    x = Rows(*_flat(codes), None)
+    x = Rows(*flat(codes), None)
     if inputs.mode == "static" and how.requantise == "epilogue":
         assert isinstance(call.w2, ExpertMatrix) and call.w2.input_scale is not None
-        return _with_scale(x, inputs, call.w2.input_scale, 0, 0)
-    return _with_scale(x, inputs, scale, scale.stride(0), scale.stride(1))
-
-
-def _quantise(
-    schedule: _Schedule,
-    x: Rows,
-    name: str,
-    columns: int,
-    inputs: Inputs,
-    static: torch.Tensor | None,
-    live: Any,
-    order: Any,
-    work: Workspace,
-    options: dict[str, Any],
-    *,
-    amax_is_there: bool,
-) -> None:
-    """Codes and scales of rows into the workspace, where they are called ``name``."""
-    codes, scale, amax = work[f"{name}_codes"], work[f"{name}_scale"], work[f"{name}_amax"]
-    after = {**options, **({"WAIT": overlap.wait, "launch_pdl": True} if options["RELEASE"] is overlap.release else {})}
-    how = {"ENCODE": getattr(encode, inputs.element), "LARGEST": ELEMENTS[inputs.element].largest, "K": columns}
-    rows = codes.shape[0]
-    ids, table = schedule.ids, schedule.schedule
-    with device_guard(codes.device):
-        if inputs.mode == "group":
-            block_group = triton.next_power_of_2(inputs.group)
-            n_groups = scale.shape[1]
-            each = min(triton.next_power_of_2(n_groups), max(1, 2048 // block_group))
-            quantise.quantise_groups[(rows, math.ceil(n_groups / each))](
-                ids,
-                table,
-                x,
-                codes,
-                codes.stride(0),
-                scale,
-                scale.stride(0),
-                **options,
-                **how,
-                LIVE=live,
-                GROUP=inputs.group,
-                BLOCK_GROUP=block_group,
-                GROUPS=each,
-            )
-            return
-        block_k = min(4096, triton.next_power_of_2(columns))
-        if inputs.mode == "tensor" and not amax_is_there:
-            quantise.zero[(1,)](amax, **options, N=1)
-            quantise.amax[(rows,)](ids, table, x, amax, **after, LIVE=live, K=columns, BLOCK_K=block_k)
-            options = after
-        quantise.quantise_rows[(rows,)](
-            ids,
-            table,
-            x,
-            codes,
-            codes.stride(0),
-            scale,
-            amax if inputs.mode == "tensor" else None,
-            static if inputs.mode == "static" else None,
-            **options,
-            **how,
-            LIVE=live,
-            ARRANGE=order,
-            BLOCK_K=block_k,
-        )
+        return with_scale(x, inputs, call.w2.input_scale, 0, 0)
+    return with_scale(x, inputs, scale, scale.stride(0), scale.stride(1))
 
 
 def down(call: Call, plan: Plan, schedule: _Schedule, hidden: Rows, work: Workspace) -> torch.Tensor:
@@ -533,121 +446,6 @@ def _with_router_weight(e: Epilogue, call: Call) -> Epilogue:
     )
 
 
-def _weight_map(w: torch.Tensor, config: KernelConfig, wide: int, per_item: int) -> tuple[TensorDescriptor, int, Any]:
-    """Tensor map of [E, N, K] as a two-dimensional tensor, its rows per expert, and the load that uses it."""
-    n_experts, n, k = w.shape
-    stride_e, stride_n, stride_k = w.stride()
-    if stride_k == 1:
-        per = stride_e // stride_n if n_experts > 1 else n
-        rows = (n_experts - 1) * per + n
-        box = [wide, config.block_k // per_item]
-        return TensorDescriptor(w, [rows, k], [stride_n, 1], box), per, load.weight_by_map_nk
-    per = stride_e // stride_k if n_experts > 1 else k
-    rows = (n_experts - 1) * per + k
-    return TensorDescriptor(w, [rows, n], [stride_k, 1], [config.block_k, wide]), per, load.weight_by_map_kn
-
-
-class _Operand(NamedTuple):
-    """An expert matrix as the kernel takes it, with the policies that understand it."""
-
-    weight: Weight
-    data: torch.Tensor
-    policies: dict[str, Any]
-    k_end: int
-
-
-def _operand(w: torch.Tensor | ExpertMatrix, multiply: str, up: int, wide: int, config: KernelConfig) -> _Operand:
-    """Choose what understands the storage of an expert matrix.
-
-    Scales of whole rows wait for the sum. Scales of groups of K are applied to the product of a step that lies within
-    a group; where a row's groups are shorter than a step, to the weights as they are decoded.
-    """
-    k = w.shape[2]
-    policies: dict[str, Any] = {
-        "LOAD_SCALES": scales.none,
-        "AHEAD": False,
-        "MATH": _TRITON_TYPES[multiply],
-        "ACCUMULATE": tl.float32,
-        "SHIFT": 0.0,
-        "PER_ITEM": 1,
-        "GROUP": k,
-        "STRIDE": k,
-    }
-    if isinstance(w, torch.Tensor):
-        policies |= {"STEP": step.dense, "DECODE": decode.as_they_are, "ELEMENT": None, "FINISH": scales.nothing}
-        return _Operand(Weight(*_cube(w), 0, up), w, policies, k)
-    form = w.format
-    block_n, block_k = form.block
-    own_groups = block_k != 0 and not (form.inputs is not None and form.inputs.mode == "group")
-    in_weights = own_groups and block_n == 1 and config.block_k > block_k
-    in_step = block_k != 0 and not in_weights
-    scale = _bytes(w.scale) if form.scale in ("e8m0", "e4m3") else w.scale
-    phase = up if w.parts == 1 and block_n else 0
-    weight = Weight(
-        *_cube(w.data),
-        0,
-        up,
-        scale=BlockScale(
-            *_cube(scale),
-            w.scale.shape[1] // 2 if w.parts == 2 and up else 0,
-            phase,
-            tl.constexpr(block_n),
-            tl.constexpr(block_k or k),
-            tl.constexpr(form.scale),
-            tl.constexpr(block_n == 0 or block_n > 1 and block_n % wide == 0 and phase % wide == 0),
-        ),
-        scale_at=tl.constexpr("step" if block_k else "end"),
-        tensor_scale=w.tensor_scale,
-        tensor_scale_stride=None if w.tensor_scale is None else w.tensor_scale.stride(0),
-    )
-    policies |= {
-        "STEP": step.scaled_product if in_step else step.product,
-        "FINISH": scales.finish,
-        "ACCUMULATE": tl.int32 if multiply == "int8" and not in_step else tl.float32,
-        "SHIFT": float(ELEMENTS[form.element].zero),
-        "PER_ITEM": form.per_byte,
-        "DECODE": decode.as_they_are,
-        "ELEMENT": None,
-    }
-    if block_k:
-        policies["LOAD_SCALES"] = scales.of_groups if in_weights else scales.of_step
-        policies["AHEAD"] = own_groups
-    if w.zero is not None:
-        weight = weight._replace(zero=Zeros(*_cube(w.zero), up, tl.constexpr(form.per_byte)))
-        policies["SHIFT"] = None
-        if not block_k:
-            policies["LOAD_SCALES"] = scales.zeros_alone
-    data = w.data
-    if config.words:
-        data = w.data.view(torch.int32)
-        policies |= {
-            "DECODE": words.decoded_and_scaled if in_weights else words.decoded,
-            "ELEMENT": words.assembly(
-                form.element,
-                multiply,
-                zero=None if w.zero is not None else ELEMENTS[form.element].zero,
-                scaled=in_weights,
-            ),
-            "PER_ITEM": 4 * form.per_byte,
-        }
-    elif multiply != form.element:
-        data = w.data if form.element == "int8" else _bytes(w.data)
-        element = {"int8": decode.signed, "uint8": decode.unsigned, "int4": decode.unsigned}.get(form.element)
-        policies |= {
-            "DECODE": decode.decoded_and_scaled if in_weights else decode.decoded,
-            "ELEMENT": element or getattr(decode, form.element),
-        }
-    weight = weight._replace(ptr=data, stride_e=data.stride(0), stride_n=data.stride(1), stride_k=data.stride(2))
-    if in_step:
-        policies |= {"GROUP": block_k, "STRIDE": math.ceil(block_k / config.block_k) * config.block_k}
-    k_end = k if policies["GROUP"] == policies["STRIDE"] else math.ceil(k / block_k) * policies["STRIDE"]
-    return _Operand(weight, data, policies, k_end)
-
-
-def _bytes(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.view(torch.uint8)
-
-
 def _launch(
     call: Call,
     config: KernelConfig,
@@ -667,10 +465,10 @@ def _launch(
 ) -> None:
     _, n, k = w.shape
     wide = config.block_n * (2 if gate_up_layout == "interleaved" else 1)
-    operand = _operand(w, multiply, up, wide, config)
-    w_desc, load_w, weight = None, load.weight_by_pointer, operand.weight
+    matrix = operand(w, multiply, up, wide, config)
+    w_desc, load_w, weight = None, load.weight_by_pointer, matrix.weight
     if config.maps != "none":
-        w_desc, per_expert, load_w = _weight_map(operand.data, config, wide, operand.policies["PER_ITEM"])
+        w_desc, per_expert, load_w = weight_map(matrix.data, config, wide, matrix.policies["PER_ITEM"])
         weight = weight._replace(rows_per_expert=per_expert)
     x_desc, load_x = None, load.rows_by_pointer
     if config.maps == "xw":
@@ -692,9 +490,9 @@ def _launch(
             p,
             x_desc,
             w_desc,
-            operand.k_end,
+            matrix.k_end,
             **options,
-            **operand.policies,
+            **matrix.policies,
             **stored,
             SPAN=tiles.few_span if few else tiles.scheduled_span,
             LOCATE=tiles.few_locate if few else tiles.scheduled_locate,

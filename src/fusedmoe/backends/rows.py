@@ -1,0 +1,109 @@
+"""Rows as a GEMM multiplies them: quantised where its expert matrix asks for it, in the order of its columns."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from fusedmoe._compat import device_guard
+from fusedmoe.backends.workspace import Workspace
+from fusedmoe.kernels import arrange, encode, overlap, quantise
+from fusedmoe.kernels.operands import Ids, Rows, RowScale, Schedule
+from fusedmoe.plan.config import KernelConfig
+from fusedmoe.spec.format import ELEMENTS, Inputs
+from fusedmoe.spec.problem import Gemm
+
+
+def flat(tensor: torch.Tensor) -> tuple[torch.Tensor, int, int]:
+    """A tensor of two dimensions and its strides."""
+    return tensor, tensor.stride(0), tensor.stride(1)
+
+
+def order_of(gemm: Gemm, config: KernelConfig) -> Any:
+    """Order of the columns of the rows that a GEMM multiplies."""
+    if not config.words or gemm.format is None:
+        return arrange.as_they_are
+    return arrange.by_words_of_eight if gemm.format.per_byte == 2 else arrange.by_words_of_four
+
+
+def in_order(x: Rows, gemm: Gemm, order: Any, out: torch.Tensor, options: dict[str, Any]) -> Rows:
+    """Rows with their columns in this order, in ``out``, which may be where they lie."""
+    block = min(4096, triton.next_power_of_2(gemm.inner))
+    with device_guard(out.device):
+        arrange.arrange[(out.shape[0], math.ceil(gemm.inner / block))](
+            x, out, out.stride(0), **options, ARRANGE=order, K=gemm.inner, BLOCK_K=block
+        )
+    return x._replace(ptr=out, stride_row=out.stride(0), stride_k=out.stride(1))
+
+
+def with_scale(x: Rows, inputs: Inputs, scale: torch.Tensor, stride_row: int, stride_group: int) -> Rows:
+    """Rows that are codes, with their scales."""
+    row_scale = RowScale(scale, stride_row, stride_group, tl.constexpr(0) if x.per is None else x.per)
+    return x._replace(scale=row_scale, scale_at=tl.constexpr("step" if inputs.mode == "group" else "end"))
+
+
+def quantised(
+    ids: Ids,
+    table: Schedule | None,
+    x: Rows,
+    name: str,
+    columns: int,
+    inputs: Inputs,
+    static: torch.Tensor | None,
+    live: Any,
+    order: Any,
+    work: Workspace,
+    options: dict[str, Any],
+    *,
+    amax_is_there: bool,
+) -> None:
+    """Codes and scales of rows into the workspace, where they are called ``name``."""
+    codes, scale, amax = work[f"{name}_codes"], work[f"{name}_scale"], work[f"{name}_amax"]
+    after = {**options, **({"WAIT": overlap.wait, "launch_pdl": True} if options["RELEASE"] is overlap.release else {})}
+    how = {"ENCODE": getattr(encode, inputs.element), "LARGEST": ELEMENTS[inputs.element].largest, "K": columns}
+    rows = codes.shape[0]
+    with device_guard(codes.device):
+        if inputs.mode == "group":
+            block_group = triton.next_power_of_2(inputs.group)
+            n_groups = scale.shape[1]
+            each = min(triton.next_power_of_2(n_groups), max(1, 2048 // block_group))
+            quantise.quantise_groups[(rows, math.ceil(n_groups / each))](
+                ids,
+                table,
+                x,
+                codes,
+                codes.stride(0),
+                scale,
+                scale.stride(0),
+                **options,
+                **how,
+                LIVE=live,
+                GROUP=inputs.group,
+                BLOCK_GROUP=block_group,
+                GROUPS=each,
+            )
+            return
+        block_k = min(4096, triton.next_power_of_2(columns))
+        if inputs.mode == "tensor" and not amax_is_there:
+            quantise.zero[(1,)](amax, **options, N=1)
+            quantise.amax[(rows,)](ids, table, x, amax, **after, LIVE=live, K=columns, BLOCK_K=block_k)
+            options = after
+        quantise.quantise_rows[(rows,)](
+            ids,
+            table,
+            x,
+            codes,
+            codes.stride(0),
+            scale,
+            amax if inputs.mode == "tensor" else None,
+            static if inputs.mode == "static" else None,
+            **options,
+            **how,
+            LIVE=live,
+            ARRANGE=order,
+            BLOCK_K=block_k,
+        )

@@ -1,0 +1,146 @@
+"""Expert matrices as the grouped GEMM takes them: their operand, and the policies that understand their storage."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from fusedmoe.expert_matrix import ExpertMatrix
+from fusedmoe.kernels import decode, load, scales, step, words
+from fusedmoe.kernels.operands import BlockScale, Weight, Zeros
+from fusedmoe.plan.config import KernelConfig
+from fusedmoe.spec.format import ELEMENTS
+
+#: Types of a kernel's operands by the name that the plan has for them.
+TRITON_TYPES = {
+    "e4m3": tl.float8e4nv,
+    "e4m3fnuz": tl.float8e4b8,
+    "int8": tl.int8,
+    "float16": tl.float16,
+    "bfloat16": tl.bfloat16,
+    "float32": tl.float32,
+}
+
+
+def cube(tensor: torch.Tensor) -> tuple[torch.Tensor, int, int, int]:
+    """A tensor of three dimensions and its strides."""
+    return tensor, tensor.stride(0), tensor.stride(1), tensor.stride(2)
+
+
+def weight_map(w: torch.Tensor, config: KernelConfig, wide: int, per_item: int) -> tuple[TensorDescriptor, int, Any]:
+    """Tensor map of [E, N, K] as a two-dimensional tensor, its rows per expert, and the load that uses it."""
+    n_experts, n, k = w.shape
+    stride_e, stride_n, stride_k = w.stride()
+    if stride_k == 1:
+        per = stride_e // stride_n if n_experts > 1 else n
+        rows = (n_experts - 1) * per + n
+        box = [wide, config.block_k // per_item]
+        return TensorDescriptor(w, [rows, k], [stride_n, 1], box), per, load.weight_by_map_nk
+    per = stride_e // stride_k if n_experts > 1 else k
+    rows = (n_experts - 1) * per + k
+    return TensorDescriptor(w, [rows, n], [stride_k, 1], [config.block_k, wide]), per, load.weight_by_map_kn
+
+
+class Operand(NamedTuple):
+    """An expert matrix as the kernel takes it, with the policies that understand it."""
+
+    weight: Weight
+    data: torch.Tensor
+    policies: dict[str, Any]
+    k_end: int
+
+
+def operand(w: torch.Tensor | ExpertMatrix, multiply: str, up: int, wide: int, config: KernelConfig) -> Operand:
+    """Choose what understands the storage of an expert matrix.
+
+    Scales of whole rows wait for the sum. Scales of groups of K are applied to the product of a step that lies within
+    a group; where a row's groups are shorter than a step, to the weights as they are decoded.
+    """
+    k = w.shape[2]
+    policies: dict[str, Any] = {
+        "LOAD_SCALES": scales.none,
+        "AHEAD": False,
+        "MATH": TRITON_TYPES[multiply],
+        "ACCUMULATE": tl.float32,
+        "SHIFT": 0.0,
+        "PER_ITEM": 1,
+        "GROUP": k,
+        "STRIDE": k,
+    }
+    if isinstance(w, torch.Tensor):
+        policies |= {"STEP": step.dense, "DECODE": decode.as_they_are, "ELEMENT": None, "FINISH": scales.nothing}
+        return Operand(Weight(*cube(w), 0, up), w, policies, k)
+    form = w.format
+    block_n, block_k = form.block
+    own_groups = block_k != 0 and not (form.inputs is not None and form.inputs.mode == "group")
+    in_weights = own_groups and block_n == 1 and config.block_k > block_k
+    in_step = block_k != 0 and not in_weights
+    scale = _bytes(w.scale) if form.scale in ("e8m0", "e4m3") else w.scale
+    phase = up if w.parts == 1 and block_n else 0
+    weight = Weight(
+        *cube(w.data),
+        0,
+        up,
+        scale=BlockScale(
+            *cube(scale),
+            w.scale.shape[1] // 2 if w.parts == 2 and up else 0,
+            phase,
+            tl.constexpr(block_n),
+            tl.constexpr(block_k or k),
+            tl.constexpr(form.scale),
+            tl.constexpr(block_n == 0 or block_n > 1 and block_n % wide == 0 and phase % wide == 0),
+        ),
+        scale_at=tl.constexpr("step" if block_k else "end"),
+        tensor_scale=w.tensor_scale,
+        tensor_scale_stride=None if w.tensor_scale is None else w.tensor_scale.stride(0),
+    )
+    policies |= {
+        "STEP": step.scaled_product if in_step else step.product,
+        "FINISH": scales.finish,
+        "ACCUMULATE": tl.int32 if multiply == "int8" and not in_step else tl.float32,
+        "SHIFT": float(ELEMENTS[form.element].zero),
+        "PER_ITEM": form.per_byte,
+        "DECODE": decode.as_they_are,
+        "ELEMENT": None,
+    }
+    if block_k:
+        policies["LOAD_SCALES"] = scales.of_groups if in_weights else scales.of_step
+        policies["AHEAD"] = own_groups
+    if w.zero is not None:
+        weight = weight._replace(zero=Zeros(*cube(w.zero), up, tl.constexpr(form.per_byte)))
+        policies["SHIFT"] = None
+        if not block_k:
+            policies["LOAD_SCALES"] = scales.zeros_alone
+    data = w.data
+    if config.words:
+        data = w.data.view(torch.int32)
+        policies |= {
+            "DECODE": words.decoded_and_scaled if in_weights else words.decoded,
+            "ELEMENT": words.assembly(
+                form.element,
+                multiply,
+                zero=None if w.zero is not None else ELEMENTS[form.element].zero,
+                scaled=in_weights,
+            ),
+            "PER_ITEM": 4 * form.per_byte,
+        }
+    elif multiply != form.element:
+        data = w.data if form.element == "int8" else _bytes(w.data)
+        element = {"int8": decode.signed, "uint8": decode.unsigned, "int4": decode.unsigned}.get(form.element)
+        policies |= {
+            "DECODE": decode.decoded_and_scaled if in_weights else decode.decoded,
+            "ELEMENT": element or getattr(decode, form.element),
+        }
+    weight = weight._replace(ptr=data, stride_e=data.stride(0), stride_n=data.stride(1), stride_k=data.stride(2))
+    if in_step:
+        policies |= {"GROUP": block_k, "STRIDE": math.ceil(block_k / config.block_k) * config.block_k}
+    k_end = k if policies["GROUP"] == policies["STRIDE"] else math.ceil(k / block_k) * policies["STRIDE"]
+    return Operand(weight, data, policies, k_end)
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.view(torch.uint8)
