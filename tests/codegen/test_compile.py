@@ -12,6 +12,8 @@ from fusedmoe import experts
 from fusedmoe.backends import triton as backend
 from fusedmoe.backends.workspace import layout_bytes
 from fusedmoe.checks import check
+from fusedmoe.cli.explanation import _launches
+from fusedmoe.plan.config import Plan
 from fusedmoe.plan.planner import choose, support
 from fusedmoe.plan.validity import shared_bytes
 from fusedmoe.schemes import SCHEMES, format_of
@@ -154,6 +156,14 @@ def test_hopper_multiplies_what_a_scheme_says(form, monkeypatch):
             wanted = {"e4m3": "QGMMA", "int8": "IGMMA"}.get(multiply, "HGMMA")
             assert kernel.count(wanted + r"[.\w]*") > 0
             assert kernel.count(r"[HI]MMA[.\w]*") == 0
+
+
+@pytest.mark.parametrize("form", [None, *FORMATS], ids=str)
+def test_explain_lists_what_is_launched(form, monkeypatch):
+    for shape in ("few", "64 rows", "tall"):
+        problem, how, compiled = compile_layer("sm_90", SHAPES[shape], torch.bfloat16, monkeypatch, form=form)
+        told = _launches(problem, Plan(backend="triton", triton=how))
+        assert sorted(launch["kernel"].split(",")[0] for launch in told) == sorted(kernel.name for kernel in compiled)
 
 
 @pytest.mark.parametrize("scheme", ["fp8_block", "mxfp8", "nvfp4"])

@@ -137,10 +137,18 @@ def _launches(problem: Problem, plan: Plan) -> list[dict[str, Any]]:
     several = "base" in (_layout(problem, plan) or {})  # the table of a sort in more than one chunk
     sort = [] if how.few else ["count", "offsets", "scatter"] if several else ["route_one_chunk"]
     tokens, hidden = (form.inputs if form else None for form in (problem.w13_format, problem.w2_format))
+    rows = []
+    if tokens:
+        rows = ["zero", "amax", "quantise_rows"] if tokens.mode == "tensor" else [_quantise(tokens.mode)]
+    elif how.gate_up.words:
+        rows = ["arrange"]
+    # The maximum over all rows of the intermediate is taken by gate-up's epilogue.
+    start = ["zero"] if hidden and hidden.mode == "tensor" else []
     return [
         *({"kernel": name} for name in sort),
-        *([{"kernel": f"{_quantise(tokens.mode)}, hidden states"}] if tokens else []),
+        *({"kernel": f"{name}, hidden states"} for name in rows),
         *([{"kernel": "gather"}] if how.gather else []),
+        *({"kernel": f"{name}, intermediate"} for name in start),
         {"kernel": "grouped_gemm, gate-up and activation", "config": asdict(how.gate_up)},
         *([{"kernel": f"{_quantise(hidden.mode)}, intermediate"}] if hidden and how.requantise == "kernel" else []),
         {"kernel": "grouped_gemm, down and router weight", "config": asdict(how.down)},
@@ -149,5 +157,5 @@ def _launches(problem: Problem, plan: Plan) -> list[dict[str, Any]]:
 
 
 def _quantise(mode: str) -> str:
-    """The kernels that make codes of rows."""
-    return {"group": "quantise_groups", "tensor": "zero, amax, quantise_rows"}.get(mode, "quantise_rows")
+    """The kernel that makes codes of rows."""
+    return "quantise_groups" if mode == "group" else "quantise_rows"
