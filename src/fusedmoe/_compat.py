@@ -8,18 +8,7 @@ from typing import Any
 
 import torch
 
-try:
-    import triton.language as tl
-    from triton import jit
-except ImportError:  # no Triton on this machine: device functions stay plain Python that nobody calls
-    tl = None
-
-    def jit(function: Any) -> Any:
-        """Stand in for ``triton.jit``, so that a scheme's torch half can be used without Triton."""
-        return function
-
-
-__all__ = ["device_guard", "jit", "teach_interpreter", "tl"]
+__all__ = ["device_guard", "teach_interpreter"]
 
 _HERE: AbstractContextManager[None] = contextlib.nullcontext()
 

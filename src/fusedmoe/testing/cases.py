@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import itertools
 import math
@@ -13,12 +12,12 @@ from typing import Any
 
 import torch
 
-from fusedmoe.errors import OptionError
+from fusedmoe import schemes
 from fusedmoe.expert_matrix import ExpertMatrix
 from fusedmoe.functional import fused_experts, workspace_bytes
 from fusedmoe.numerics import encode, pack, quantise_inputs
 from fusedmoe.reference.activations import activate
-from fusedmoe.schemes import SCHEMES, format_of, granularity_of
+from fusedmoe.schemes import SCHEMES, granularity_of
 from fusedmoe.spec.activation import Activation
 from fusedmoe.spec.format import ELEMENTS, SCALES, Format
 from fusedmoe.spec.layout import GateUpLayout, WeightLayout
@@ -68,12 +67,8 @@ QUANTISED_OPTIONS: dict[str, Sequence[Any]] = {
     "emulate": (False, True),
 }
 
-#: Blocks of weights to test, by granularity; (32, 48) divides few sizes. Groups: those of the scheme.
-BLOCKS: dict[str, tuple[tuple[int, int], ...]] = {
-    "tensor": ((0, 0),),
-    "channel": ((1, 0),),
-    "block": ((128, 128), (32, 48)),
-}
+#: Blocks of weights to test, of schemes that have blocks; (32, 48) divides few sizes.
+BLOCKS = ((128, 128), (32, 48))
 
 #: Elements of a float32 temporary while matrices are drawn.
 PIECE = 1 << 26
@@ -82,13 +77,7 @@ PIECE = 1 << 26
 @functools.cache
 def formats_of(scheme: str) -> tuple[Format, ...]:
     """Formats of a scheme in which every two of its choices occur together, as far as it allows them to."""
-    has = SCHEMES[scheme]
-    blocks = [block for kind in has.granularities for block in BLOCKS.get(kind, [(1, group) for group in has.groups])]
-    allowed = []
-    for values in itertools.product(blocks, has.inputs, (False, True), has.elements, has.scales):
-        block, inputs, zero, element, scale = values
-        with contextlib.suppress(OptionError):
-            allowed.append(format_of(scheme, block=block, inputs=inputs, zero=zero, element=element, scale=scale))
+    allowed = list(dict.fromkeys(form for block in BLOCKS for form in schemes.formats_of(scheme, block)))
 
     def pairs(form: Format) -> set[Any]:
         return set(itertools.combinations(enumerate((form.block, form.inputs, form.zero, form.element, form.scale)), 2))
