@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fusedmoe.errors import DeviceError, DTypeError, LayoutError, OptionError, ShapeError, explain
-from fusedmoe.numerics import decode, decode_scale, rows_of_scales
+from fusedmoe.numerics import decode, decode_scale, rows_of_scales, unpack
 from fusedmoe.schemes import SCHEMES, format_of, granularity_of
 from fusedmoe.spec.format import ELEMENTS, SCALES, Format
 
@@ -244,7 +244,7 @@ class ExpertMatrix:
         if self.zero is not None:
             zero = self.zero[expert]
             if form.per_byte == 2:
-                zero = torch.stack((zero & 15, zero >> 4), 1).flatten(0, 1)[:n_rows]
+                zero = unpack(zero.T).T[:n_rows]
             w = w - zero.to(wide)[:, column]
         elif shift := ELEMENTS[form.element].zero:
             w = w - shift

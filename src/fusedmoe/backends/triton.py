@@ -47,7 +47,7 @@ from fusedmoe.kernels.operands import (
 from fusedmoe.plan.config import FEW, KernelConfig, Plan, TritonPlan
 from fusedmoe.settings import settings
 from fusedmoe.spec.format import ELEMENTS, Inputs
-from fusedmoe.spec.problem import Gemm, Problem
+from fusedmoe.spec.problem import Problem
 from fusedmoe.target import target_of
 
 if settings().interpret:
@@ -70,7 +70,6 @@ _PLAIN: dict[str, Any] = {
     "LARGEST": 0.0,
     "OUT_GROUP": 0,
 }
-_ABSENT = Epilogue(None, None, None, None, None, None, None)
 
 
 class _Schedule(NamedTuple):
@@ -118,11 +117,11 @@ def workspace_layout(problem: Problem, plan: Plan) -> Layout:
     tokens_type = dtype
     if how.gate_up.words:
         layout["x_codes"] = ((problem.tokens, _row_stride(problem.hidden, dtype)), dtype)
-    if (inputs := _inputs(problem.gate_up_gemm)) is not None:
+    if (inputs := problem.gate_up_gemm.inputs) is not None:
         tokens_type = _torch_type(how.multiply[0])
-        if how.gate_up.words or problem.inputs_dtype != str(tokens_type).removeprefix("torch."):
+        if how.gate_up.words or not _given_as_multiplied(problem, how):
             layout |= _codes_layout("x", problem.tokens, problem.hidden, inputs, tokens_type)
-    if (inputs := _inputs(problem.down_gemm)) is not None:
+    if (inputs := problem.down_gemm.inputs) is not None:
         layout |= _codes_layout("hidden", slots, problem.intermediate, inputs, _torch_type(how.multiply[1]))
     if how.gather:
         layout["tokens"] = ((slots, _row_stride(problem.hidden, tokens_type)), tokens_type)
@@ -139,13 +138,14 @@ def workspace_layout(problem: Problem, plan: Plan) -> Layout:
     return layout
 
 
-def _inputs(gemm: Gemm) -> Inputs | None:
-    return None if gemm.format is None else gemm.format.inputs
-
-
 def _torch_type(multiply: str) -> torch.dtype:
     name = ELEMENTS[multiply].dtype if multiply in ELEMENTS else multiply
     return getattr(torch, name)  # type: ignore[no-any-return]
+
+
+def _given_as_multiplied(problem: Problem, how: TritonPlan) -> bool:
+    """Hidden states are codes already, of the very type that gate-up multiplies."""
+    return problem.inputs_dtype == str(_torch_type(how.multiply[0])).removeprefix("torch.")
 
 
 def _groups(columns: int, inputs: Inputs) -> int:
@@ -236,7 +236,7 @@ def gate_up(call: Call, plan: Plan, schedule: _Schedule, work: Workspace) -> Row
     first, after = _overlap(plan)
     options = {"WAIT": overlap.nothing, **first} if how.few else after
     x = Rows(*flat(call.hidden_states), tl.constexpr(problem.top_k))
-    if (inputs := _inputs(problem.gate_up_gemm)) is not None:
+    if (inputs := problem.gate_up_gemm.inputs) is not None:
         x = _tokens_as_codes(call, plan, schedule, x, inputs, work, options)
         options = after
     elif how.gate_up.words:
@@ -245,21 +245,20 @@ def gate_up(call: Call, plan: Plan, schedule: _Schedule, work: Workspace) -> Row
         options = after
     if how.gather:
         x = _gather(plan, schedule, x, work["tokens"])
-    e = _ABSENT
-    if call.w13_bias is not None:
-        e = e._replace(bias=call.w13_bias, bias_stride_e=call.w13_bias.stride(0), bias_stride_n=call.w13_bias.stride(1))
+    e = _with_bias(call.w13_bias)
     if problem.weight_on_input:
         e = _with_router_weight(e, call)
     p = problem.activation
-    requantised = _inputs(problem.down_gemm)
+    requantised = problem.down_gemm.inputs
     out, stored = _hidden(how, requantised, call, work)
     if requantised is not None and requantised.mode == "tensor":
         with device_guard(call.hidden_states.device):
             quantise.zero[(1,)](work["hidden_amax"], **after, N=1)
+        options = after
     _launch(
         call,
         how.gate_up,
-        after if requantised is not None and requantised.mode == "tensor" else options,
+        options,
         schedule,
         x,
         call.w13,
@@ -302,22 +301,20 @@ def _tokens_as_codes(
     call: Call, plan: Plan, schedule: _Schedule, x: Rows, inputs: Inputs, work: Workspace, options: dict[str, Any]
 ) -> Rows:
     """Hidden states as codes with their scales; they may be that already."""
-    problem = call.problem
+    problem, how = call.problem, _plan(plan)
+    order = order_of(problem.gate_up_gemm, how.gate_up)
     scale = call.hidden_states_scale
     if scale is not None:
-        if problem.inputs_dtype != str(_torch_type(_plan(plan).multiply[0])).removeprefix("torch."):
+        if not _given_as_multiplied(problem, how):
             codes = work["x_codes"]
             codes[:, : problem.hidden].copy_(call.hidden_states)
             x = x._replace(ptr=codes, stride_row=codes.stride(0), stride_k=codes.stride(1))
-            if _plan(plan).gate_up.words:
-                x = in_order(
-                    x, problem.gate_up_gemm, order_of(problem.gate_up_gemm, _plan(plan).gate_up), codes, options
-                )
+            if how.gate_up.words:
+                x = in_order(x, problem.gate_up_gemm, order, codes, options)
         row = scale.stride(0) if scale.shape[0] == problem.tokens else 0
         return with_scale(x, inputs, scale, row, scale.stride(1))
     static = call.w13.input_scale if isinstance(call.w13, ExpertMatrix) else None
     live = quantise.token if inputs.mode == "tensor" else quantise.all_rows
-    order = order_of(problem.gate_up_gemm, _plan(plan).gate_up)
     quantised(
         schedule.ids,
         schedule.schedule,
@@ -375,9 +372,7 @@ def down(call: Call, plan: Plan, schedule: _Schedule, hidden: Rows, work: Worksp
     """Rows of the output [S, H] by slot, weighted; a row of an absent slot is never written."""
     problem = call.problem
     rows = work["rows"]
-    e = _ABSENT
-    if call.w2_bias is not None:
-        e = e._replace(bias=call.w2_bias, bias_stride_e=call.w2_bias.stride(0), bias_stride_n=call.w2_bias.stride(1))
+    e = _with_bias(call.w2_bias)
     if not problem.weight_on_input:
         e = _with_router_weight(e, call)
     _launch(
@@ -434,6 +429,12 @@ def _gather(plan: Plan, schedule: _Schedule, x: Rows, out: torch.Tensor) -> Rows
             BLOCK_H=block,
         )
     return x._replace(ptr=out, stride_row=out.stride(0), stride_k=1, per=None)
+
+
+def _with_bias(bias: torch.Tensor | None) -> Epilogue:
+    if bias is None:
+        return Epilogue(None, None, None, None, None, None, None)
+    return Epilogue(*flat(bias), None, None, None, None)
 
 
 def _with_router_weight(e: Epilogue, call: Call) -> Epilogue:

@@ -136,7 +136,7 @@ def _launches(problem: Problem, plan: Plan) -> list[dict[str, Any]]:
     how = plan.triton
     several = "base" in (_layout(problem, plan) or {})  # the table of a sort in more than one chunk
     sort = [] if how.few else ["count", "offsets", "scatter"] if several else ["route_one_chunk"]
-    tokens, hidden = (form.inputs if form else None for form in (problem.w13_format, problem.w2_format))
+    tokens, hidden = problem.gate_up_gemm.inputs, problem.down_gemm.inputs
     rows = []
     if tokens:
         rows = ["zero", "amax", "quantise_rows"] if tokens.mode == "tensor" else [_quantise(tokens.mode)]

@@ -17,7 +17,7 @@ def dense(
     SHIFT: tl.constexpr, PER_ITEM: tl.constexpr, SWAP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Acc += a b, both as they are."""
+    """Add a b, both as they are."""
     if a.dtype == tl.float32:
         # A sum of step sums errs by far less than one running sum over K. Any max_num_imprecise_acc but 0 (of no
         # other effect on float32) keeps the compiler from folding the addition into the dot again.
@@ -26,17 +26,23 @@ def dense(
 
 
 @triton.jit
+def _sides(a, weights, SWAP: tl.constexpr):
+    """The operands of a product, from rows [BLOCK_M, BLOCK_K] and weights [BLOCK_N, BLOCK_K]."""
+    if SWAP:
+        return weights, a.T
+    else:
+        return a, weights.T
+
+
+@triton.jit
 def product(
     acc, a, b, s, z, r, x, w, DECODE: tl.constexpr, MATH: tl.constexpr, ELEMENT: tl.constexpr,
     SHIFT: tl.constexpr, PER_ITEM: tl.constexpr, SWAP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Acc += a decode(b); scales, if any, are in the decoded weights or wait for the sum."""
+    """Add a decode(b); scales, if any, are in the decoded weights or wait for the sum."""
     weights = DECODE(b, s, z, MATH, ELEMENT, SHIFT, PER_ITEM, w.scale.block_k, BLOCK_N, BLOCK_K)
-    if SWAP:
-        left, right = weights, a.T
-    else:
-        left, right = a, weights.T
+    left, right = _sides(a, weights, SWAP)
     if tl.int8 == MATH or MATH.is_fp8():
         return tl.dot(left, right, acc, out_dtype=acc.dtype)
     # A sum of step sums, as in dense; and ptxas serialises WGMMA that adds to a running sum with a left operand in
@@ -50,31 +56,15 @@ def scaled_product(
     SHIFT: tl.constexpr, PER_ITEM: tl.constexpr, SWAP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Acc += (a decode(b)) r s, where the step lies in one group of K."""
+    """Add (a decode(b)) r s, where the step lies in one group of K."""
     weights = DECODE(b, s, z, MATH, ELEMENT, SHIFT, PER_ITEM, w.scale.block_k, BLOCK_N, BLOCK_K)
-    if SWAP:
-        left, right = weights, a.T
-    else:
-        left, right = a, weights.T
+    left, right = _sides(a, weights, SWAP)
     if tl.int8 == MATH:
         part = tl.dot(left, right, out_dtype=tl.int32).to(tl.float32)
     else:
         part = tl.dot(left, right, input_precision=PRECISION)
-    if w.scale.uniform:
-        if x.scale_at == "step":
-            r = r * s
-            if SWAP:
-                return acc + part * r[None, :]
-            else:
-                return acc + part * r[:, None]
-        else:
-            return acc + part * s
-    elif SWAP:
-        if x.scale_at == "step":
-            return acc + part * (s[:, None] * r[None, :])
-        else:
-            return acc + part * s[:, None]
-    elif x.scale_at == "step":
-        return acc + part * (r[:, None] * s[None, :])
-    else:
-        return acc + part * s[None, :]
+    if not w.scale.uniform:
+        s = s[:, None] if SWAP else s[None, :]
+    if x.scale_at == "step":
+        s = s * (r[None, :] if SWAP else r[:, None])
+    return acc + part * s

@@ -27,10 +27,10 @@ def multiply_in(gemm: Gemm, target: Target) -> str:
     where it does not: float16 holds every e4m3 and int8; e2m1 times a power of two needs the range of bfloat16.
     Weights that meet rows as they are, are decoded to the type of the layer.
     """
-    form = gemm.format
-    if form is None or form.inputs is None:
+    form, inputs = gemm.format, gemm.inputs
+    if form is None or inputs is None:
         return gemm.dtype
-    if form.element == form.inputs.element:
+    if form.element == inputs.element:
         return form.element if not gemm.emulate and _multiplies(target, form.element) else "float16"
     return "float16" if target.vendor == "nvidia" and target.capability < 80 else "bfloat16"
 

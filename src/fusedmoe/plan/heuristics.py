@@ -39,7 +39,7 @@ def triton_plan(problem: Problem, target: Target) -> TritonPlan:
     if problem.dtype == "float32" and problem.fp32_precision == "ieee":
         block_m = min(block_m, 64)
     # Sums of groups, and decoded weights, take registers: half the height, until an expert has many tiles.
-    grouped = any(g.format and g.format.inputs and g.format.inputs.mode == "group" for g in gemms)
+    grouped = any(g.grouped for g in gemms)
     decodes = any(g.format and bytes_of(multiply_in(g, target)) > 1 for g in gemms)
     if mean < TALL_ROWS and (decodes or grouped and problem.intermediate < GATHER_INTERMEDIATE):
         block_m = min(block_m, 64)
@@ -66,7 +66,7 @@ def triton_plan(problem: Problem, target: Target) -> TritonPlan:
 
 def _requantise(down: Gemm, gate_up: KernelConfig) -> Literal["none", "epilogue", "kernel"]:
     """Where the intermediate becomes codes: in the epilogue of gate-up when a tile has all that a scale is made of."""
-    inputs = down.format.inputs if down.format else None
+    inputs = down.inputs
     if inputs is None:
         return "none"
     if inputs.mode == "group":
@@ -148,11 +148,11 @@ def _quantised(
         return KernelConfig(block_m=min(32, block_m), block_n=64 // half, block_k=32, warps=4, stages=3, group_m=4)
     if bytes_of(math) > 1:
         return _decoded(target, block_m, gemm, gate_up=gate_up)
-    grouped = gemm.format.inputs is not None and gemm.format.inputs.mode == "group"
+    grouped = gemm.grouped
     block_k = min(128, max(32, _next_power_of_2(gemm.format.block[1]))) if grouped else 128
     if not hopper:
         # What a second sum, a maximum over all rows or codes at the end take in registers is not there for rows.
-        tall = min(block_m, 64 if gemm.format.inputs and gemm.format.inputs.mode == "token" else 32)
+        tall = min(block_m, 64 if gemm.inputs and gemm.inputs.mode == "token" else 32)
         return KernelConfig(block_m=tall, block_n=128 // half, block_k=block_k, warps=4, stages=3, group_m=4)
     tile = KernelConfig(block_m=block_m, block_n=64, block_k=block_k, warps=4, stages=4)
     if block_m <= 32:
@@ -208,7 +208,7 @@ def _decoded(target: Target, block_m: int, gemm: Gemm, *, gate_up: bool) -> Kern
         return replace(words, stages=3 if gate_up else 4)
     if block_m == 64:
         return replace(words, stages=3) if gate_up and not 0 < group < 128 else short
-    if gate_up and 0 < group < 128 and (gemm.format.zero or gemm.format.inputs):
+    if gate_up and 0 < group < 128 and (gemm.format.zero or gemm.inputs):
         return replace(short, block_m=64)  # zero points or scales of rows as well: registers for half the rows
     if gate_up:
         return replace(short, block_n=128, warps=8, stages=3, group_m=8)

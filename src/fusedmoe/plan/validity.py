@@ -95,7 +95,7 @@ def why_no_words(config: KernelConfig, gemm: Gemm, target: Target) -> list[str]:
         reasons.append(f"words are decoded in PTX for sm_80 and newer, this is {target.arch or target.vendor}")
     if gemm.format is None or gemm.format.element not in ("int4", "e2m1", "int8", "uint8"):
         reasons.append("only 4-bit codes and 8-bit integers are decoded by the word")
-    if gemm.format is not None and gemm.format.inputs is not None and gemm.format.inputs.mode == "group":
+    if gemm.grouped:
         reasons.append("rows that are quantised by groups keep the order of their columns")
     if math not in ("float16", "bfloat16"):
         reasons.append(f"words are decoded to 16-bit floats, the products are of {math}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fusedmoe.spec.activation import Activation
-from fusedmoe.spec.format import Format
+from fusedmoe.spec.format import Format, Inputs
 from fusedmoe.spec.layout import Fp32Precision, GateUpLayout, Matrix
 
 #: Bytes per element of the types a layer can have; float32 first: the slowest and the most exact.
@@ -33,6 +33,16 @@ class Gemm:
     dtype: str
     format: Format | None = None
     emulate: bool = False
+
+    @property
+    def inputs(self) -> Inputs | None:
+        """How its rows are quantised; None when they are not."""
+        return None if self.format is None else self.format.inputs
+
+    @property
+    def grouped(self) -> bool:
+        """Its rows are quantised by groups of columns, so that sums are scaled group by group."""
+        return self.inputs is not None and self.inputs.mode == "group"
 
 
 @dataclass(frozen=True, kw_only=True)
