@@ -28,7 +28,8 @@ def teach_interpreter() -> None:
     The interpreter (3.5 to 3.7) keeps bfloat16 as uint16 bit patterns; its ``tl.dot`` multiplies those, and its
     cast from float32 truncates. Here the dot widens them to float32 first, which is exact, and the cast rounds
     to nearest even. Its cast from float32 to float8_e4m3fn neither saturates nor keeps NaN and subnormals; here it
-    does as ``cvt.rn.satfinite`` does. Retire when the interpreter does all.
+    does as ``cvt.rn.satfinite`` does. Its fused multiply-add rounds twice; here the product is exact. Retire when the
+    interpreter does all.
     """
     import numpy as np
     import triton.language as tl
@@ -67,8 +68,13 @@ def teach_interpreter() -> None:
         value = torch.from_numpy(np.ascontiguousarray(src.data, np.float32)).clamp(-448.0, 448.0)
         return TensorHandle(value.to(torch.float8_e4m3fn).view(torch.uint8).numpy(), tl.float8e4nv)
 
+    def create_fma(self: Any, x: TensorHandle, y: TensorHandle, z: TensorHandle) -> TensorHandle:
+        exact = x.data.astype(np.float64) * y.data.astype(np.float64) + z.data.astype(np.float64)
+        return TensorHandle(exact.astype(z.data.dtype), z.dtype.scalar)
+
     create_dot._fusedmoe = True  # type: ignore[attr-defined]
     InterpreterBuilder.create_dot = create_dot
+    InterpreterBuilder.create_fma = create_fma
     InterpreterBuilder.create_fp_to_fp = create_fp_to_fp
     # The casting methods look cast_impl up on the instance, so replacing it here reaches all of them.
     InterpreterBuilder.cast_impl = cast_impl

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from fusedmoe.kernels.scales import of_rows
+from fusedmoe.kernels.store import write
 
 
 # The ids carry S, which changes from call to call: it must not decide which variant is compiled.
@@ -113,4 +114,5 @@ def grouped_gemm(
 
         dest = slot if out.by_slot else row
         column = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
-        STORE(result, out, dest, live, column, COLUMNS, BLOCK_M, BLOCK_N, ARRANGE, ENCODE, LARGEST, OUT_GROUP)
+        value = STORE(result, out, dest, live, column, COLUMNS, BLOCK_M, BLOCK_N, ENCODE, LARGEST, OUT_GROUP)
+        write(ARRANGE(value), out, dest, live, column, COLUMNS)

@@ -122,7 +122,7 @@ def quantise_groups(
         s = encode.scale_of(tl.max(encode.magnitude(value), 1), LARGEST)
         if encode.int8 == ENCODE:
             s = tl.where(encode.broken(value, 1) != 0, float("nan"), s)
-        code = ENCODE(tl.div_rn(value, tl.broadcast_to(s[:, None], value.shape)), codes.dtype.element_ty)
+        code = ENCODE(encode.quotient(value, s[:, None]), codes.dtype.element_ty)
         tl.store(codes + row.to(tl.int64) * stride_row + k, code, mask=inside)
         there = group < (K + GROUP - 1) // GROUP
         tl.store(scale + row.to(tl.int64) * stride_scale + group, s, mask=there)

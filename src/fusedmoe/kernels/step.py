@@ -51,6 +51,16 @@ def product(
 
 
 @triton.jit
+def add_scaled(acc, part, s, r, x, w, SWAP: tl.constexpr):
+    """Add the product of a group, times the scales of both sides."""
+    if not w.scale.uniform:
+        s = s[:, None] if SWAP else s[None, :]
+    if x.scale_at == "step":
+        s = s * (r[None, :] if SWAP else r[:, None])
+    return acc + part * s
+
+
+@triton.jit
 def scaled_product(
     acc, a, b, s, z, r, x, w, DECODE: tl.constexpr, MATH: tl.constexpr, ELEMENT: tl.constexpr,
     SHIFT: tl.constexpr, PER_ITEM: tl.constexpr, SWAP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -63,8 +73,4 @@ def scaled_product(
         part = tl.dot(left, right, out_dtype=tl.int32).to(tl.float32)
     else:
         part = tl.dot(left, right, input_precision=PRECISION)
-    if not w.scale.uniform:
-        s = s[:, None] if SWAP else s[None, :]
-    if x.scale_at == "step":
-        s = s * (r[None, :] if SWAP else r[:, None])
-    return acc + part * s
+    return add_scaled(acc, part, s, r, x, w, SWAP)

@@ -36,21 +36,27 @@ def scheduled_span(ids, schedule, N_BLOCKS: tl.constexpr, BLOCK_M: tl.constexpr,
 
 
 @triton.jit
-def scheduled_locate(
-    i, ids, schedule, N_BLOCKS: tl.constexpr, BLOCK_M: tl.constexpr, GROUP_M: tl.constexpr, FEW: tl.constexpr
-):
-    # GROUP_M tiles share a column block of weights while it is in L2.
-    n_tiles = tl.load(schedule.n_tiles)
+def scheduled_tile(i, n_tiles, N_BLOCKS: tl.constexpr, GROUP_M: tl.constexpr):
+    """Tile of rows and block of columns of tile number i: GROUP_M tiles share a column block of weights while it is
+    in L2.
+    """
     group = i // (GROUP_M * N_BLOCKS)
     within = i % (GROUP_M * N_BLOCKS)
     size = tl.minimum(n_tiles - group * GROUP_M, GROUP_M)
-    tile = group * GROUP_M + within % size
+    return group * GROUP_M + within % size, within // size
+
+
+@triton.jit
+def scheduled_locate(
+    i, ids, schedule, N_BLOCKS: tl.constexpr, BLOCK_M: tl.constexpr, GROUP_M: tl.constexpr, FEW: tl.constexpr
+):
+    tile, block_n = scheduled_tile(i, tl.load(schedule.n_tiles), N_BLOCKS, GROUP_M)
     expert = tl.load(schedule.tile_expert + tile)
     row0 = tl.load(schedule.tile_row + tile)
     row = row0 + tl.arange(0, BLOCK_M)
     live = row < tl.load(schedule.offset + expert + 1)
     slot = tl.load(schedule.slot + row, mask=live, other=0)
-    return expert, row0, row, slot, live, within // size
+    return expert, row0, row, slot, live, block_n
 
 
 # --- few: S <= FEW slots, no schedule; every program reads all ids ------------------------------------
