@@ -102,6 +102,11 @@ def _matrix(w: Experts) -> Matrix:
     return Matrix("K" if contiguous == "K" else "N", tma=tma, words=words)
 
 
+def _aligned(x: torch.Tensor) -> bool:
+    """Rows are contiguous and start at multiples of 16 bytes."""
+    return x.stride(1) == 1 and not (x.stride(0) * x.element_size() % 16 or x.data_ptr() % 16)
+
+
 #: Weight layout -> shapes of w13 and w2 as they are stored, and the advice when they fit the other layout.
 _STORED = {
     "NK": (
@@ -383,6 +388,7 @@ def check(
         w2_format=w2.format if isinstance(w2, ExpertMatrix) else None,
         inputs_dtype=codes_dtype,
         emulate=bool(emulate),
+        rows_aligned=_aligned(hidden_states),
         gate_up="interleaved" if gate_up_layout == "interleaved" else "concatenated",
         w13=_matrix(w13),
         w2=_matrix(w2),

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from fusedmoe import backends, experts
 from fusedmoe.backends.workspace import layout_bytes
 from fusedmoe.checks import check
 from fusedmoe.expert_matrix import ExpertMatrix
+from fusedmoe.plan.heuristics import tokens_before_breaks
 from fusedmoe.plan.planner import choose
 from fusedmoe.spec.activation import Activation
 from fusedmoe.spec.layout import Fp32Precision, GateUpLayout, WeightLayout
@@ -74,7 +77,7 @@ def fused_experts(
         expert_map: [E_global] int32 or int64, local id of each global expert or a negative number.
         global_num_experts: length of expert_map, checked when given.
         fp32_precision: products of float32 operands: "ieee", or "tf32" where the device has it.
-        backend: "auto", "triton" or "torch"; None takes the process's setting (FUSEDMOE_BACKEND).
+        backend: "auto", "gluon_sm90", "triton" or "torch"; None takes the process's setting (FUSEDMOE_BACKEND).
         out: [T, H], written and returned; may not share memory with hidden_states.
         workspace: uint8 buffer of at least :func:`workspace_bytes`; None allocates it. Under torch.compile the
             layer is one operator, which allocates its own; a workspace is not used there.
@@ -159,6 +162,13 @@ def workspace_bytes(
     It never shrinks when T grows, so a workspace for the largest T serves all.
     Takes the options of :func:`fused_experts`, and raises what it raises.
     """
-    call = check(hidden_states, w13, w2, topk_weights, topk_ids, **options)  # type: ignore[arg-type]
-    plan = choose(call.problem, target_of(hidden_states.device), backend)
-    return layout_bytes(backends.load(plan.backend).workspace_layout(call.problem, plan))
+    problem = check(hidden_states, w13, w2, topk_weights, topk_ids, **options).problem  # type: ignore[arg-type]
+    target = target_of(hidden_states.device)
+
+    def need(tokens: int) -> int:
+        fewer = replace(problem, tokens=tokens)
+        plan = choose(fewer, target, backend)
+        return layout_bytes(backends.load(plan.backend).workspace_layout(fewer, plan))
+
+    # A backend that takes over from a number of tokens on may need less than the one before it.
+    return max(map(need, (problem.tokens, *tokens_before_breaks(problem))))

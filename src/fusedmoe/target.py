@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import importlib.util
 from dataclasses import dataclass, replace
 
@@ -23,6 +24,7 @@ class Target:
         shared_bytes: shared memory that one program may use.
         interpret: Triton's interpreter stands in for a GPU.
         triton: the package triton is installed.
+        gluon: and has the Gluon that the kernels of one architecture are written in.
     """
 
     vendor: str
@@ -32,6 +34,7 @@ class Target:
     shared_bytes: int = 1 << 20
     interpret: bool = False
     triton: bool = True
+    gluon: bool = True
 
 
 #: Devices that can be planned and compiled for without having one: a T4, A100, RTX A6000, L40S, H200, B200, MI300X.
@@ -78,5 +81,17 @@ def target_of(device: torch.device) -> Target:
         found = Target("cpu", interpret=settings().interpret)
     cap = settings().shared_memory_cap or found.shared_bytes
     return replace(
-        found, shared_bytes=min(cap, found.shared_bytes), triton=importlib.util.find_spec("triton") is not None
+        found,
+        shared_bytes=min(cap, found.shared_bytes),
+        triton=importlib.util.find_spec("triton") is not None,
+        gluon=_has_gluon(),
     )
+
+
+def _has_gluon() -> bool:
+    """Triton 3.6 or newer, by its metadata: deciding imports no compiler."""
+    try:
+        major, minor = importlib.metadata.version("triton").split(".")[:2]
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return (int(major), int(minor)) >= (3, 6)

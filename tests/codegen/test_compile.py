@@ -8,11 +8,12 @@ import pytest
 import torch
 
 import fusedmoe
-from fusedmoe import experts
-from fusedmoe.backends import triton as backend
+from fusedmoe import experts, functional
+from fusedmoe.backends import sm90, triton as backend
 from fusedmoe.backends.workspace import layout_bytes
 from fusedmoe.checks import check
 from fusedmoe.cli.explanation import _launches
+from fusedmoe.plan.arithmetic import bytes_of, multiply_in
 from fusedmoe.plan.config import Plan
 from fusedmoe.plan.planner import choose, support
 from fusedmoe.plan.validity import shared_bytes
@@ -40,19 +41,21 @@ SHAPES = {
 }
 
 
-def compile_layer(target: str, shape, dtype=torch.float16, monkeypatch=None, form=None, **options):
+def compile_layer(target: str, shape, dtype=torch.float16, monkeypatch=None, form=None, chosen="triton", **options):
     tokens, top_k, n_experts, hidden, intermediate = shape
     gated = not str(options.get("activation", "")).endswith("_no_mul")
     e = lambda *s: torch.empty(*s, dtype=dtype)  # noqa: E731
     w13, w2 = e(n_experts, intermediate * (2 if gated else 1), hidden), e(n_experts, hidden, intermediate)
     if form is not None:
-        w13, w2 = empty_matrix(form, w13.shape, parts=2), empty_matrix(form, w2.shape)
+        parts = 2 if gated and options.get("gate_up_layout") != "interleaved" else 1
+        w13, w2 = empty_matrix(form, w13.shape, parts), empty_matrix(form, w2.shape)
     if options.get("weight_layout") == "KN":
         w13, w2 = e(n_experts, hidden, w13.shape[1]), e(n_experts, intermediate, hidden)
     ids = torch.zeros(tokens, top_k, dtype=torch.int64)
     call = check(e(tokens, hidden), w13, w2, torch.empty(tokens, top_k), ids, **options)
-    plan = choose(call.problem, TARGETS[target], "triton")
-    monkeypatch.setattr(backend, "target_of", lambda device: TARGETS[target])
+    plan = choose(call.problem, TARGETS[target], chosen)
+    for module in (backend, sm90):
+        monkeypatch.setattr(module, "target_of", lambda device: TARGETS[target])
     with compiling_for(target) as compiled:
         experts.run(call, plan)
     return call.problem, plan.triton, compiled
@@ -158,12 +161,64 @@ def test_hopper_multiplies_what_a_scheme_says(form, monkeypatch):
             assert kernel.count(r"[HI]MMA[.\w]*") == 0
 
 
+#: Formats whose codes Hopper multiplies as they are, and the step of K that their scales are applied to.
+MULTIPLIED = [
+    None,
+    format_of("fp8_block"),
+    format_of("fp8_channel"),
+    format_of("fp8_tensor", inputs="static"),
+    format_of("fp8_tensor", inputs="tensor"),
+    format_of("int8_w8a8"),
+]
+
+
+@pytest.mark.parametrize("form", MULTIPLIED, ids=str)
+def test_specialised_kernels_of_hopper(form, monkeypatch):
+    """Warps with other registers, WGMMA of the right type, one group in flight for each sum, and nothing spilled."""
+    for shape, options in (
+        ("64 rows", {}),
+        ("128 rows", {"gate_up_layout": "interleaved", "activation": "swigluoai"}),
+        ("tall, ragged", {"dtype": torch.bfloat16, "activation": "relu2_no_mul"}),
+        ("tall, gathered", {"dtype": torch.bfloat16}),
+    ):
+        problem, plan, compiled = compile_layer(
+            "sm_90", SHAPES[shape], monkeypatch=monkeypatch, form=form, chosen="gluon_sm90", **options
+        )
+        gate_up, down = (kernel for kernel in compiled if kernel.name == "grouped_gemm_sm90")
+        for kernel, config, gemm in (
+            (gate_up, plan.gate_up, problem.gate_up_gemm),
+            (down, plan.down, problem.down_gemm),
+        ):
+            assert kernel.stack_bytes == 0, (shape, kernel)
+            assert kernel.registers * 384 <= 65536, "12 warps start with these"
+            assert kernel.shared_bytes <= shared_bytes(config, gemm, TARGETS["sm_90"])
+            wanted = {1: "QGMMA", 2: "HGMMA"}[bytes_of(multiply_in(gemm, TARGETS["sm_90"]))]
+            wanted = "IGMMA" if multiply_in(gemm, TARGETS["sm_90"]) == "int8" else wanted
+            assert kernel.count(wanted + r"[.\w]*") > 0
+            assert kernel.count(r"[HI]MMA[.\w]*") == 0
+            consumers, sums = 8 // config.warps, 2 if gemm.grouped else 1
+            assert kernel.count(r"WARPGROUP\.ARRIVE") == consumers * sums, "serialised products have one each"
+            assert kernel.count(r"USETMAXREG[.\w]*") > 0
+            assert kernel.count(r"UTMALDG[.\w]*") > 0
+            assert (kernel.count(r"LDGSTS[.\w]*") > 0) == (config.maps == "w"), "rows are gathered where not by map"
+            assert kernel.count("ACQBULK") > 0, "each launch waits for the one before it"
+
+
 @pytest.mark.parametrize("form", [None, *FORMATS], ids=str)
 def test_explain_lists_what_is_launched(form, monkeypatch):
     for shape in ("few", "64 rows", "tall"):
         problem, how, compiled = compile_layer("sm_90", SHAPES[shape], torch.bfloat16, monkeypatch, form=form)
         told = _launches(problem, Plan(backend="triton", triton=how))
         assert sorted(launch["kernel"].split(",")[0] for launch in told) == sorted(kernel.name for kernel in compiled)
+
+
+@pytest.mark.parametrize("form", MULTIPLIED, ids=str)
+def test_explain_lists_what_is_launched_on_hopper(form, monkeypatch):
+    problem, how, compiled = compile_layer(
+        "sm_90", SHAPES["tall, gathered"], torch.bfloat16, monkeypatch, form, "gluon_sm90"
+    )
+    told = _launches(problem, Plan(backend="gluon_sm90", triton=how))
+    assert sorted(launch["kernel"].split(",")[0] for launch in told) == sorted(kernel.name for kernel in compiled)
 
 
 @pytest.mark.parametrize("scheme", ["fp8_block", "mxfp8", "nvfp4"])
@@ -219,6 +274,26 @@ def assert_grows(top_k, w13, w2, target, dtype=torch.bfloat16):
         now = layout_bytes(backend.workspace_layout(problem, plan))
         assert now >= before, tokens
         before = now
+
+
+@pytest.mark.parametrize("form", [None, format_of("fp8_block"), format_of("fp8_channel")], ids=str)
+def test_a_workspace_for_more_tokens_serves_fewer_whichever_backend_is_chosen(form, monkeypatch):
+    """Backends take turns as T grows, and one may need less than the one before it."""
+    monkeypatch.setattr(functional, "target_of", lambda device: TARGETS["sm_90"])
+    e = lambda *s: torch.empty(*s, dtype=torch.bfloat16, device="meta")  # noqa: E731
+    for top_k, n_experts, hidden, intermediate in ((8, 128, 2048, 768), (2, 8, 4096, 14336)):
+        w13, w2 = (n_experts, 2 * intermediate, hidden), (n_experts, hidden, intermediate)
+        w13, w2 = (e(*s) if form is None else empty_matrix(form, s, p, "meta") for s, p in ((w13, 2), (w2, 1)))
+        before, chosen = 0, set()
+        for tokens in sorted({2**i + d for i in range(17) for d in (-1, 0, 1)} - {0}):
+            arguments = e(tokens, hidden), w13, w2, e(tokens, top_k), e(tokens, top_k).long()
+            plan = choose(check(*arguments).problem, TARGETS["sm_90"])
+            chosen.add(plan.backend)
+            now = fusedmoe.workspace_bytes(*arguments)
+            assert now >= before, tokens
+            assert now >= layout_bytes(backend.workspace_layout(check(*arguments).problem, plan))
+            before = now
+        assert chosen == {"triton"} if (form, intermediate) == (None, 14336) else {"triton", "gluon_sm90"}
 
 
 def test_tokens_do_not_make_variants(monkeypatch):

@@ -192,7 +192,7 @@ def test_gradients_are_refused_not_dropped():
 def test_a_backend_that_cannot_says_why():
     with pytest.raises(UnsupportedError, match="Triton has no CPU target.*backend='torch'"):
         fusedmoe.fused_experts(**arguments(), backend="triton")
-    assert list(SUPPORTS) == ["triton", "torch"]
+    assert list(SUPPORTS) == ["gluon_sm90", "triton", "torch"]
 
 
 def test_workspace_too_small(monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -10,6 +11,7 @@ from fusedmoe.errors import UnsupportedError
 from fusedmoe.plan.config import FEW
 from fusedmoe.plan.planner import choose, support
 from fusedmoe.plan.validity import why_not
+from fusedmoe.schemes import format_of
 from fusedmoe.spec.activation import Activation
 from fusedmoe.spec.layout import Matrix
 from fusedmoe.spec.problem import Problem
@@ -84,3 +86,75 @@ def test_every_reason_of_every_backend():
         choose(problem(), old, "triton")
     for words in ("not installed", "older than sm_75", "no bfloat16", "backend='torch'"):
         assert words in str(raised.value)
+
+
+FP8_BLOCK, FP8_CHANNEL, INT8 = (format_of(name) for name in ("fp8_block", "fp8_channel", "int8_w8a8"))
+
+
+def both(form, **options) -> Problem:
+    return problem(w13_format=form, w2_format=form, **options)
+
+
+@pytest.mark.parametrize(
+    ("p", "backend"),
+    [
+        (problem(tokens=8192), "gluon_sm90"),
+        (problem(tokens=1024), "triton"),
+        (problem(8192, 2, 8, 4096, 14336), "triton"),
+        (both(FP8_BLOCK, tokens=8192), "gluon_sm90"),
+        (both(FP8_BLOCK, tokens=512), "triton"),
+        (both(FP8_BLOCK, tokens=256), "gluon_sm90"),
+        (both(FP8_BLOCK, tokens=8), "triton"),
+        (both(FP8_CHANNEL, tokens=1024), "gluon_sm90"),
+        (both(FP8_CHANNEL, tokens=512), "triton"),
+        (both(INT8, tokens=8192), "gluon_sm90"),
+        (both(format_of("int4_w4a16"), tokens=8192), "triton"),
+        (problem(tokens=8192, dtype="float32"), "triton"),
+    ],
+    ids=str,
+)
+def test_the_faster_backend_is_chosen(p, backend):
+    plan = choose(p, H200)
+    assert plan.backend == backend
+    if backend == "triton":
+        ((name, reasons),) = plan.refused
+        assert name == "gluon_sm90" and all(reasons)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"dtype": "float32"}, "stores 16-bit results"),
+        ({"w13": Matrix("N", tma=True)}, "weight_layout='NK'"),
+        ({"w2": Matrix("K", tma=False)}, "no tensor map"),
+        ({"rows_aligned": False}, "rows of hidden_states"),
+        ({"hidden": 2052}, "K = 2052 is no multiple of 8"),
+        ({"w13_format": format_of("fp8_block", block=(64, 64))}, "scales must be those of block_k=128"),
+        ({"w2_format": format_of("fp8_block", block=(64, 128))}, "blocks of 64 have several"),
+        ({"w13_format": format_of("int8_w8a8", inputs="group")}, "e4m3 alone"),
+        ({"w2_format": format_of("int4_w4a16")}, "decodes no weights"),
+        ({"w13_format": FP8_CHANNEL, "emulate": True}, "decodes no weights"),
+    ],
+    ids=str,
+)
+def test_what_the_kernels_of_hopper_do_not_take(options, words):
+    with pytest.raises(UnsupportedError, match=words):
+        choose(problem(tokens=8192, **options), H200, "gluon_sm90")
+    assert choose(problem(tokens=8192, **options), H200).backend == "triton"
+
+
+def test_rows_that_the_layer_quantises_itself_are_aligned():
+    assert support(both(FP8_CHANNEL, tokens=8192, rows_aligned=False), H200)["gluon_sm90"] == ()
+    codes = both(FP8_CHANNEL, tokens=8192, rows_aligned=False, inputs_dtype="float8_e4m3fn")
+    assert support(codes, H200)["gluon_sm90"]
+
+
+@pytest.mark.parametrize("target", [t for t in TARGETS if t != H200], ids=str)
+def test_other_devices_have_no_kernels_of_hopper(target):
+    assert any("sm_90" in reason for reason in support(problem(tokens=8192, dtype="float16"), target)["gluon_sm90"])
+    assert choose(problem(tokens=8192, dtype="float16"), target).backend == "triton"
+
+
+def test_an_older_triton_has_no_gluon():
+    old = replace(H200, gluon=False)
+    assert any("Triton 3.6" in reason for reason in support(problem(tokens=8192), old)["gluon_sm90"])

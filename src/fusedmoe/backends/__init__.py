@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 
 #: backend name -> module, which satisfies :class:`fusedmoe.backends.base.Backend`.
 BACKENDS: dict[str, str] = {
+    "gluon_sm90": "fusedmoe.backends.triton",  # the same pipeline; its plan names other kernels for the GEMMs
     "triton": "fusedmoe.backends.triton",
     "torch": "fusedmoe.backends.torch",
 }

@@ -47,7 +47,7 @@ from fusedmoe.kernels.operands import (
 from fusedmoe.plan.config import FEW, KernelConfig, Plan, TritonPlan
 from fusedmoe.settings import settings
 from fusedmoe.spec.format import ELEMENTS, Inputs
-from fusedmoe.spec.problem import Problem
+from fusedmoe.spec.problem import Gemm, Problem
 from fusedmoe.target import target_of
 
 if settings().interpret:
@@ -257,6 +257,7 @@ def gate_up(call: Call, plan: Plan, schedule: _Schedule, work: Workspace) -> Row
         options = after
     _launch(
         call,
+        problem.gate_up_gemm,
         how.gate_up,
         options,
         schedule,
@@ -377,6 +378,7 @@ def down(call: Call, plan: Plan, schedule: _Schedule, hidden: Rows, work: Worksp
         e = _with_router_weight(e, call)
     _launch(
         call,
+        problem.down_gemm,
         _plan(plan).down,
         _overlap(plan)[1],
         schedule,
@@ -449,6 +451,7 @@ def _with_router_weight(e: Epilogue, call: Call) -> Epilogue:
 
 def _launch(
     call: Call,
+    gemm: Gemm,
     config: KernelConfig,
     options: dict[str, Any],
     schedule: _Schedule,
@@ -464,6 +467,16 @@ def _launch(
     gate_up_layout: str | None,
     stored: dict[str, Any],
 ) -> None:
+    if config.specialised:
+        # Imported when chosen: Gluon is younger than the oldest Triton that the portable kernels run on.
+        from fusedmoe.backends import sm90
+
+        assert schedule.schedule is not None, "a plan with these kernels has a schedule"
+        sm90.launch(
+            call, gemm, config, options, schedule.schedule, schedule.max_tiles, x, w, multiply, up, out, e, p,
+            epilogue_function, activation_function, gate_up_layout, stored,
+        )  # fmt: skip
+        return
     _, n, k = w.shape
     wide = config.block_n * (2 if gate_up_layout == "interleaved" else 1)
     matrix = operand(w, multiply, up, wide, config)

@@ -31,13 +31,19 @@ def cube(tensor: torch.Tensor) -> tuple[torch.Tensor, int, int, int]:
     return tensor, tensor.stride(0), tensor.stride(1), tensor.stride(2)
 
 
+def stacked_rows(w: torch.Tensor) -> tuple[int, int]:
+    """Rows of [E, N, K] with contiguous rows seen as one matrix, and those from one expert to the next."""
+    n_experts, n, _ = w.shape
+    per = w.stride(0) // w.stride(1) if n_experts > 1 else n
+    return (n_experts - 1) * per + n, per
+
+
 def weight_map(w: torch.Tensor, config: KernelConfig, wide: int, per_item: int) -> tuple[TensorDescriptor, int, Any]:
     """Tensor map of [E, N, K] as a two-dimensional tensor, its rows per expert, and the load that uses it."""
     n_experts, n, k = w.shape
     stride_e, stride_n, stride_k = w.stride()
     if stride_k == 1:
-        per = stride_e // stride_n if n_experts > 1 else n
-        rows = (n_experts - 1) * per + n
+        rows, per = stacked_rows(w)
         box = [wide, config.block_k // per_item]
         return TensorDescriptor(w, [rows, k], [stride_n, 1], box), per, load.weight_by_map_nk
     per = stride_e // stride_k if n_experts > 1 else k

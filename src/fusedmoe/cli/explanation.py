@@ -11,7 +11,7 @@ from fusedmoe import backends
 from fusedmoe.backends.workspace import layout_bytes
 from fusedmoe.bench import Shape, default_device, format_for, measure_ceilings, problem_of
 from fusedmoe.errors import OptionError, explain
-from fusedmoe.plan.config import Plan
+from fusedmoe.plan.config import KernelConfig, Plan
 from fusedmoe.plan.floor import H200, Floor, floor_of, types_of
 from fusedmoe.plan.planner import choose, support
 from fusedmoe.spec.layout import WeightLayout
@@ -109,8 +109,9 @@ def _floor(problem: Problem, target: Target, device: torch.device | None) -> tup
 
 def _others(problem: Problem, target: Target, plan: Plan) -> dict[str, list[str]]:
     """Every other backend with the reasons against it."""
+    refused = dict(plan.refused)
     return {
-        name: list(reasons) or ["takes it too, but was not chosen"]
+        name: list(reasons or refused.get(name, ())) or ["takes it too, but was not chosen"]
         for name, reasons in support(problem, target).items()
         if name != plan.backend
     }
@@ -149,11 +150,15 @@ def _launches(problem: Problem, plan: Plan) -> list[dict[str, Any]]:
         *({"kernel": f"{name}, hidden states"} for name in rows),
         *([{"kernel": "gather"}] if how.gather else []),
         *({"kernel": f"{name}, intermediate"} for name in start),
-        {"kernel": "grouped_gemm, gate-up and activation", "config": asdict(how.gate_up)},
+        {"kernel": f"{_gemm(how.gate_up)}, gate-up and activation", "config": asdict(how.gate_up)},
         *([{"kernel": f"{_quantise(hidden.mode)}, intermediate"}] if hidden and how.requantise == "kernel" else []),
-        {"kernel": "grouped_gemm, down and router weight", "config": asdict(how.down)},
+        {"kernel": f"{_gemm(how.down)}, down and router weight", "config": asdict(how.down)},
         {"kernel": "combine", "config": {"block_h": how.combine_block}},
     ]
+
+
+def _gemm(config: KernelConfig) -> str:
+    return "grouped_gemm_sm90" if config.specialised else "grouped_gemm"
 
 
 def _quantise(mode: str) -> str:

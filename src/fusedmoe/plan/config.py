@@ -20,6 +20,8 @@ class KernelConfig:
         flatten: one software pipeline over the tiles of a persistent program.
         swap: weights are the left operand of a product, rows the right one.
         words: weights are decoded by the word of 32 bits (NVIDIA, 4-bit codes and integers).
+        specialised: the warp-specialised kernel of Hopper; ``warps`` are those of one group of consumers, of which
+            there are 8 in all.
     """
 
     block_m: int
@@ -33,6 +35,7 @@ class KernelConfig:
     flatten: bool = False
     swap: bool = False
     words: bool = False
+    specialised: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,6 +20,8 @@ from fusedmoe.target import Target
 TALL_ROWS = 256
 #: Copying the tokens into sorted rows costs 4 S H bytes, and saves a share of 4 S H I flops: it pays from this I.
 GATHER_INTERMEDIATE = 4096
+#: Means of rows per expert at which :func:`why_portable` changes its mind.
+BREAKS = (12, 24, 64, 128)
 
 
 def _next_power_of_2(value: float) -> int:
@@ -27,6 +29,65 @@ def _next_power_of_2(value: float) -> int:
     while power < value:
         power *= 2
     return power
+
+
+def sm90_plan(problem: Problem, target: Target) -> TritonPlan:
+    """The same pipeline with the warp-specialised GEMMs of Hopper, for a problem that they support."""
+    first, second = problem.gate_up_gemm, problem.down_gemm
+    gate_up = _specialised(problem, first, target, gate_up=True)
+    down = _specialised(problem, second, target, gate_up=False)
+    return replace(
+        triton_plan(problem, target),
+        few=False,
+        gather=gate_up.maps == "xw",
+        overlap=True,
+        gate_up=gate_up,
+        down=down,
+        requantise=_requantise(second, gate_up),
+    )
+
+
+def why_portable(problem: Problem, target: Target) -> str | None:
+    """Why the portable kernels are faster than those of :func:`sm90_plan`; None when they are not.
+
+    A tile of 128 rows needs rows. Scales that are applied step by step stall the portable kernel, so that tiles which
+    are hardly filled pay too, but where its own are of 64 rows. Weights of 16 bits gain least: from the long sums of
+    wide layers nothing is left to hide.
+    """
+    mean = problem.slots / problem.experts
+    gemms = problem.gate_up_gemm, problem.down_gemm
+    if any(gemm.grouped for gemm in gemms):
+        slower = mean < BREAKS[0] or BREAKS[1] <= mean < BREAKS[2]
+    elif all(bytes_of(multiply_in(gemm, target)) == 1 for gemm in gemms):
+        slower = mean < BREAKS[2]
+    elif problem.intermediate >= GATHER_INTERMEDIATE:
+        return f"the portable kernels are faster at I = {problem.intermediate} in 16 bits"
+    else:
+        slower = mean < BREAKS[3]
+    return f"the portable kernels are faster at {mean:.3g} rows an expert" if slower else None
+
+
+def tokens_before_breaks(problem: Problem) -> list[int]:
+    """Token counts below the problem's at which a backend is chosen for the last time before another is."""
+    counts = (math.ceil(mean * problem.experts / problem.top_k) - 1 for mean in BREAKS)
+    return [tokens for tokens in counts if 0 < tokens < problem.tokens]
+
+
+def _specialised(problem: Problem, gemm: Gemm, target: Target, *, gate_up: bool) -> KernelConfig:
+    """A warp-specialised tile of 128 x 256. Two groups of consumers where there is other work than one long sum."""
+    math = multiply_in(gemm, target)
+    copied = bytes_of(math) == 2 and problem.intermediate >= GATHER_INTERMEDIATE
+    return KernelConfig(
+        block_m=128,
+        block_n=256 // gemm.width,
+        block_k=128 // bytes_of(math),
+        warps=4 if gemm.grouped or not gate_up and gemm.inner <= 1024 else 8,
+        stages=4,
+        group_m=16 if gate_up and copied else 8,
+        maps="xw" if copied or not gate_up else "w",
+        programs_per_sm=1,
+        specialised=True,
+    )
 
 
 def triton_plan(problem: Problem, target: Target) -> TritonPlan:
@@ -70,7 +131,8 @@ def _requantise(down: Gemm, gate_up: KernelConfig) -> Literal["none", "epilogue"
     if inputs is None:
         return "none"
     if inputs.mode == "group":
-        whole = gate_up.block_n % inputs.group == 0
+        stored = 128 if gate_up.specialised else gate_up.block_n  # columns that a tile stores at a time
+        whole = stored % inputs.group == 0
     else:
         # A NaN among integers is a NaN of their row's scale, which no tile alone can write.
         whole = inputs.mode == "static" and inputs.element != "int8"

@@ -6,8 +6,8 @@ import functools
 from collections.abc import Callable
 
 from fusedmoe.errors import OptionError, UnsupportedError, explain
-from fusedmoe.plan.config import Plan
-from fusedmoe.plan.heuristics import triton_plan
+from fusedmoe.plan.config import Plan, TritonPlan
+from fusedmoe.plan.heuristics import sm90_plan, triton_plan, why_portable
 from fusedmoe.plan.validity import why_not
 from fusedmoe.settings import settings
 from fusedmoe.spec.problem import Problem
@@ -17,6 +17,16 @@ from fusedmoe.target import Target
 def _torch(problem: Problem, target: Target) -> list[str]:
     """PyTorch's own kernels take every problem."""
     return []
+
+
+def _gluon_sm90(problem: Problem, target: Target) -> list[str]:
+    """The pipeline of Triton with the warp-specialised GEMMs of Hopper."""
+    reasons = _triton(problem, target)
+    if not reasons:
+        plan = sm90_plan(problem, target)
+        reasons += [f"gate-up: {reason}" for reason in why_not(plan.gate_up, problem.gate_up_gemm, target)]
+        reasons += [f"down: {reason}" for reason in why_not(plan.down, problem.down_gemm, target)]
+    return reasons
 
 
 def _triton(problem: Problem, target: Target) -> list[str]:
@@ -37,7 +47,15 @@ def _triton(problem: Problem, target: Target) -> list[str]:
 
 
 #: Backends, best first: name -> every reason why it cannot take a problem, none when it can.
-SUPPORTS: dict[str, Callable[[Problem, Target], list[str]]] = {"triton": _triton, "torch": _torch}
+SUPPORTS: dict[str, Callable[[Problem, Target], list[str]]] = {
+    "gluon_sm90": _gluon_sm90,
+    "triton": _triton,
+    "torch": _torch,
+}
+#: Backend -> its kernels for a problem that it supports; those without have none to choose.
+PLANS: dict[str, Callable[[Problem, Target], TritonPlan]] = {"gluon_sm90": sm90_plan, "triton": triton_plan}
+#: Backend -> why the next one is faster for a problem that it supports; None when it is not.
+SLOWER: dict[str, Callable[[Problem, Target], str | None]] = {"gluon_sm90": why_portable}
 
 
 def support(problem: Problem, target: Target) -> dict[str, tuple[str, ...]]:
@@ -70,7 +88,10 @@ def _choose(problem: Problem, target: Target, backend: str) -> Plan:
         if why := tuple(reasons(problem, target)):
             refused.append((name, why))
             continue
-        kernels = triton_plan(problem, target) if name == "triton" else None
+        if backend == "auto" and name in SLOWER and (slower := SLOWER[name](problem, target)):
+            refused.append((name, (slower,)))
+            continue
+        kernels = PLANS[name](problem, target) if name in PLANS else None
         asked = "asked for" if backend == name else "the first in order of speed that takes it"
         return Plan(backend=name, triton=kernels, why=asked, refused=tuple(refused))
     listing = "; ".join(f"{name}: {', '.join(why)}" for name, why in refused)

@@ -30,6 +30,8 @@ def shared_bytes(config: KernelConfig, gemm: Gemm, target: Target) -> int:
     the tensor cores. The epilogue converts layouts in shared memory: after the buffers are free in a kernel of one
     tile, beside them when the next tile's loads are already under way.
     """
+    if config.specialised:  # the epilogue moves halves of 16-bit results, beside buffers that are never free
+        return _EXTRA + step_bytes(config, gemm, target) * config.stages + config.block_m * 128 * 2
     math = multiply_in(gemm, target)
     epilogue = config.block_m * wide(config, gemm) * 4
     buffers = step_bytes(config, gemm, target) * max(1, config.stages)
@@ -57,6 +59,8 @@ def why_not(config: KernelConfig, gemm: Gemm, target: Target) -> list[str]:
         reasons.append("flatten needs a persistent grid (programs_per_sm > 0)")
     if config.maps != "none":
         reasons += why_no_maps(config, gemm, target)
+    if config.specialised:
+        reasons += why_not_specialised(config, gemm, target)
     if config.words:
         reasons += why_no_words(config, gemm, target)
     need = shared_bytes(config, gemm, target)
@@ -110,4 +114,35 @@ def why_no_words(config: KernelConfig, gemm: Gemm, target: Target) -> list[str]:
     group = gemm.format.block[1] if gemm.format else 0
     if group and group % 8 and config.block_k > group:
         reasons.append(f"a group of {group} columns is no whole number of words")
+    return reasons
+
+
+def why_not_specialised(config: KernelConfig, gemm: Gemm, target: Target) -> list[str]:
+    """Every reason against the warp-specialised kernel of Hopper."""
+    reasons = []
+    if target.vendor != "nvidia" or target.capability != 90 or target.interpret:
+        reasons.append(f"written for sm_90, this is {target.arch or target.vendor}")
+    if not target.gluon:
+        reasons.append("needs Gluon as it is in Triton 3.6 and newer")
+    if gemm.dtype not in ("float16", "bfloat16"):
+        reasons.append(f"stores 16-bit results, the layer is {gemm.dtype}")
+    math, form = multiply_in(gemm, target), gemm.format
+    if form is not None and (math != form.element or form.zero):
+        reasons.append("decodes no weights: it multiplies codes by codes of the same type")
+    if gemm.matrix.contiguous != "K":
+        reasons.append("rows of the expert matrix must be contiguous (weight_layout='NK')")
+    if gemm.inner * bytes_of(math) % 16:
+        reasons.append(f"K = {gemm.inner} is no multiple of {16 // bytes_of(math)}, the columns of one copy")
+    if config.block_k * bytes_of(math) != 128:
+        reasons.append(f"a step has 128 bytes of a row, block_k={config.block_k} has {config.block_k * bytes_of(math)}")
+    if form is not None and form.block[1] and (not gemm.grouped or form.block[1] != config.block_k):
+        reasons.append(f"scales must be those of block_k={config.block_k} columns, or of whole rows")
+    if gemm.grouped and form is not None and form.block[0] % 128:
+        reasons.append(f"a sum of 128 columns has one scale, blocks of {form.block[0]} have several")
+    if gemm.grouped and math == "int8":
+        reasons.append("sums groups of e4m3 alone")
+    if config.block_m != 128 or wide(config, gemm) != 256 or config.warps not in (4, 8):
+        reasons.append("a tile multiplies 128 rows by 256 of weights, with 8 warps together or by 4")
+    if not gemm.rows_aligned:
+        reasons.append("rows of hidden_states must be contiguous and start at multiples of 16 bytes")
     return reasons

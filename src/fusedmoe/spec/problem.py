@@ -24,6 +24,7 @@ class Gemm:
         dtype: type of the layer.
         format: of a quantised expert matrix, else None.
         emulate: multiply codes in a wider type even where the device has theirs.
+        rows_aligned: its rows are contiguous and start at multiples of 16 bytes.
     """
 
     columns: int
@@ -33,6 +34,7 @@ class Gemm:
     dtype: str
     format: Format | None = None
     emulate: bool = False
+    rows_aligned: bool = True
 
     @property
     def inputs(self) -> Inputs | None:
@@ -60,6 +62,7 @@ class Problem:
     w2_format: Format | None = None
     inputs_dtype: str | None = None  # of hidden states that are codes already
     emulate: bool = False
+    rows_aligned: bool = True  # rows of hidden states are contiguous and start at multiples of 16 bytes
     gate_up: GateUpLayout = "concatenated"
     w13: Matrix = Matrix("K", True)
     w2: Matrix = Matrix("K", True)
@@ -96,6 +99,9 @@ class Problem:
             dtype=self.dtype,
             format=self.w13_format,
             emulate=self.emulate,
+            # Rows that the layer quantises itself lie in its workspace.
+            rows_aligned=self.rows_aligned
+            or (self.inputs_dtype is None and self.w13_format is not None and self.w13_format.inputs is not None),
         )
 
     @property

@@ -1,0 +1,437 @@
+"""The grouped GEMM of Hopper, warp-specialised: what :mod:`fusedmoe.kernels.grouped_gemm` computes, by its policies.
+
+Grid: persistent, tile number ``program, program + programs, ...``. Every tile has BLOCK_M = 128 rows. Of a program's 12
+warps 4 produce and 8 consume. The producer streams steps of BLOCK_K columns through a ring of STAGES buffers: weights
+by tensor map, rows by tensor map where they lie sorted, else each from its own address (cp.async) on the same barrier.
+The consumers are one group of 128 rows, or two of 64 that drift apart, so that one multiplies while the other
+applies scales or stores; a group without a live row only keeps pace.
+
+``ready[stage]`` completes when a buffer is full, ``empty[stage]`` when every consumer is done with it. Both sides
+count stages alike over all tiles of the program, so that the ring never drains between two.
+
+A tile multiplies WIDE rows of weights: as one sum, or, where scales are applied step by step, as two sums of half the
+columns that share the registers of one product. Both ways what follows the sums sees two halves: gate and up where
+they are concatenated.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    async_copy,
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from fusedmoe.kernels.scales import of_rows
+from fusedmoe.kernels.step import add_scaled
+from fusedmoe.kernels.store import write
+from fusedmoe.kernels.tiles import scheduled_tile
+
+BLOCK_M = gl.constexpr(128)
+WIDE = gl.constexpr(256)
+#: Names that Triton 3.9 gave to what 3.6 to 3.8 have.
+load_box = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+load_rows = async_copy.async_load if hasattr(async_copy, "async_load") else async_copy.async_copy_global_to_shared
+REINTERPRET_IS_PUBLIC = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
+
+
+@gluon.jit
+def _tile(i, n_tiles, schedule, N_BLOCKS: gl.constexpr, GROUP_M: gl.constexpr):
+    """Expert, first row, row behind the expert's last, column block. Past the last tile: of none, without a load."""
+    there = i < n_tiles * N_BLOCKS
+    tile, block_n = scheduled_tile(i, n_tiles, N_BLOCKS, GROUP_M)
+    expert = gl.load(schedule.tile_expert + tile, mask=there, other=0)
+    row0 = gl.load(schedule.tile_row + tile, mask=there, other=0)
+    end = gl.load(schedule.offset + expert + 1, mask=there, other=0)
+    return expert, row0, end, block_n
+
+
+@gluon.jit
+def _seen_as(buffer, SHAPE: gl.constexpr):
+    """The same shared memory in another shape."""
+    if REINTERPRET_IS_PUBLIC:
+        return buffer.reinterpret(buffer.dtype, SHAPE, buffer.layout)
+    else:
+        return buffer._reinterpret(buffer.dtype, SHAPE, buffer.layout)
+
+
+@gluon.jit
+def _rows(row0, end, schedule, LAYOUT: gl.constexpr, COUNT: gl.constexpr):
+    row = row0 + gl.arange(0, COUNT, gl.SliceLayout(1, LAYOUT))
+    live = row < end
+    return row, live, gl.load(schedule.slot + row, mask=live, other=0)
+
+
+@gluon.jit
+def _next(stage, phase, STAGES: gl.constexpr):
+    stage += 1
+    if stage == STAGES:
+        stage = 0
+        phase ^= 1
+    return stage, phase
+
+
+@gluon.constexpr_function
+def _coalesced(columns, bits, warps):
+    """Layout in which a thread reads or writes 16 bytes, and neighbours those beside."""
+    vector = 128 // bits
+    lanes = min(32, columns // vector)
+    return gl.BlockedLayout([1, vector], [32 // lanes, lanes], [warps, 1], [1, 0])
+
+
+@gluon.constexpr_function
+def _accumulator(wide, widest, bits, warps):
+    """Layout of a sum of WGMMA, whose K is 256 bits; Triton's for integers is no wider than 224."""
+    return gl.NVMMADistributedLayout([3, 0], [warps, 1], [16, min(wide, widest), 256 // bits])
+
+
+# --- producer ------------------------------------------------------------------------------------------
+
+
+@gluon.jit
+def _tokens(row0, end, schedule, x, LAYOUT: gl.constexpr):
+    """Which rows of x half a tile is made of, and which of them are live."""
+    row, live, slot = _rows(row0, end, schedule, LAYOUT, BLOCK_M // 2)
+    return row if x.per is None else slot // x.per, live
+
+
+@gluon.jit
+def _pointers(x, index, column):
+    # The compiler knows multiples of 16 elements by itself; what is promised are 16 bytes.
+    ITEMS: gl.constexpr = 128 // x.ptr.dtype.element_ty.primitive_bitwidth
+    start = gl.multiple_of(index.to(gl.int64) * x.stride_row, [ITEMS])
+    return x.ptr + start[:, None] + column[None, :]
+
+
+@gluon.jit
+def _copy(pointers, live, column, buffer, k, K: gl.constexpr, BLOCK_K: gl.constexpr):
+    """Columns past K, and rows that are not live, become 0."""
+    mask = live[:, None]
+    if K % BLOCK_K != 0:
+        mask = mask & (k + column < K)[None, :]
+    load_rows(buffer, pointers, mask=mask)
+
+
+@gluon.jit
+def _produce(
+    schedule, x, w, x_desc, w_desc, rows, weights, ready, empty, first, n_tiles, step, k_end,
+    PARTS: gl.constexpr, K: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
+    N_BLOCKS: gl.constexpr, GROUP_M: gl.constexpr,
+):  # fmt: skip
+    GATHER: gl.constexpr = x_desc is None
+    BITS: gl.constexpr = w_desc.dtype.primitive_bitwidth
+    BOX: gl.constexpr = WIDE // PARTS
+    BYTES: gl.constexpr = (WIDE if GATHER else WIDE + BLOCK_M) * BLOCK_K * BITS // 8
+    LAYOUT: gl.constexpr = _coalesced(BLOCK_K, BITS, gl.num_warps())
+    stage = 0
+    phase = 1
+    expert, row0, end, block_n = _tile(first, n_tiles, schedule, N_BLOCKS, GROUP_M)
+    if GATHER:
+        column = gl.arange(0, BLOCK_K, gl.SliceLayout(0, LAYOUT))
+        upper, upper_live = _tokens(row0, end, schedule, x, LAYOUT)
+        lower, lower_live = _tokens(row0 + BLOCK_M // 2, end, schedule, x, LAYOUT)
+    for i in range(first, n_tiles * N_BLOCKS, step):
+        # What the next tile needs is loaded a tile ahead: three loads, one after the other.
+        next_expert, next_row0, next_end, next_block_n = _tile(i + step, n_tiles, schedule, N_BLOCKS, GROUP_M)
+        if GATHER:
+            next_upper, next_upper_live = _tokens(next_row0, next_end, schedule, x, LAYOUT)
+            next_lower, next_lower_live = _tokens(next_row0 + BLOCK_M // 2, next_end, schedule, x, LAYOUT)
+        weight_row = expert * w.rows_per_expert + block_n * BOX
+        if GATHER:
+            upper_pointers = _pointers(x, upper, column)
+            lower_pointers = _pointers(x, lower, column)
+        for k in range(0, k_end, BLOCK_K):
+            full = ready.index(stage)
+            mbarrier.wait(empty.index(stage), phase)
+            mbarrier.expect(full, BYTES)
+            load_box(w_desc, [weight_row, k], full, weights.index(stage * PARTS))
+            if PARTS == 2:
+                up_row = weight_row + w.up
+                load_box(w_desc, [up_row, k], full, weights.index(stage * PARTS + 1))
+            if GATHER:
+                _copy(upper_pointers, upper_live, column, rows.index(stage * 2), k, K, BLOCK_K)
+                _copy(lower_pointers, lower_live, column, rows.index(stage * 2 + 1), k, K, BLOCK_K)
+                async_copy.mbarrier_arrive(full, increment_count=False)
+                upper_pointers += BLOCK_K
+                lower_pointers += BLOCK_K
+            else:
+                load_box(x_desc, [row0, k], full, rows.index(stage * 2))
+                load_box(x_desc, [row0 + BLOCK_M // 2, k], full, rows.index(stage * 2 + 1))
+            stage, phase = _next(stage, phase, STAGES)
+        expert, row0, end, block_n = next_expert, next_row0, next_end, next_block_n
+        if GATHER:
+            upper, upper_live, lower, lower_live = next_upper, next_upper_live, next_lower, next_lower_live
+
+
+# --- consumer ------------------------------------------------------------------------------------------
+
+
+@gluon.jit
+def _halves(acc):
+    """Left and right half of the columns: other registers, nothing moves."""
+    return gl.split(gl.permute(gl.reshape(acc, (acc.shape[0], 2, acc.shape[1] // 2)), (0, 2, 1)))
+
+
+@gluon.jit
+def _beside(left, right):
+    """Two halves as one."""
+    joined = gl.permute(gl.join(left, right), (0, 2, 1))
+    return gl.reshape(joined, (left.shape[0], 2 * left.shape[1]))
+
+
+@gluon.jit
+def _skip(ready, empty, stage, phase, k_end, BLOCK_K: gl.constexpr, STAGES: gl.constexpr):
+    """Keep pace with the producer."""
+    for _ in range(0, k_end, BLOCK_K):
+        mbarrier.wait(ready.index(stage), phase)
+        mbarrier.arrive(empty.index(stage), count=1)
+        stage, phase = _next(stage, phase, STAGES)
+    return stage, phase
+
+
+@gluon.jit
+def _running_sum(
+    rows, weights, ready, empty, stage, phase, k_end,
+    CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr, GATHER: gl.constexpr, ACCUMULATE: gl.constexpr,
+    LAYOUT: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """One sum over all of K, a product in flight while the next is issued."""
+    ROWS: gl.constexpr = rows.shape[1]
+    acc = gl.zeros((ROWS, WIDE), ACCUMULATE, LAYOUT)
+    for k in range(0, k_end, BLOCK_K):
+        mbarrier.wait(ready.index(stage), phase)
+        if GATHER:
+            fence_async_shared()  # rows were written by cp.async, and WGMMA reads through the other proxy
+        a = rows.index(stage * CONSUMERS + CONSUMER)
+        acc = warpgroup_mma(a, weights.index(stage).permute((1, 0)), acc, is_async=True)
+        acc = warpgroup_mma_wait(1, deps=(acc,))
+        # The stage before is free. It is computed: Triton would not carry a name that starts out as another's value.
+        mbarrier.arrive(empty.index(gl.where(stage == 0, STAGES - 1, stage - 1)), count=1, pred=k > 0)
+        stage, phase = _next(stage, phase, STAGES)
+    acc = warpgroup_mma_wait(0, deps=(acc,))
+    mbarrier.arrive(empty.index(gl.where(stage == 0, STAGES - 1, stage - 1)), count=1)
+    return acc, stage, phase
+
+
+@gluon.jit
+def _scales(w, expert, left_n, right_n, n0, k, PARTS: gl.constexpr, LIMIT: gl.constexpr, K: gl.constexpr,
+            BLOCK_K: gl.constexpr, LOAD_SCALES: gl.constexpr):  # fmt: skip
+    """Scales of the weights of both halves in a step."""
+    left, _ = LOAD_SCALES(w, expert, left_n, n0, left_n < LIMIT, k, 0, K, BLOCK_K)
+    right_n0 = n0 if PARTS == 2 else n0 + right_n.shape[0]
+    right, _ = LOAD_SCALES(w, expert, right_n, right_n0, right_n < LIMIT, k, PARTS - 1, K, BLOCK_K)
+    return left, right
+
+
+@gluon.jit
+def _sum_of_groups(
+    rows, weights, ready, empty, stage, phase, k_end, schedule, x, w, expert, row0, end, n0,
+    CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr, GATHER: gl.constexpr, PARTS: gl.constexpr, LIMIT: gl.constexpr,
+    LOAD_SCALES: gl.constexpr, LAYOUT: gl.constexpr, K: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """The sum of every step times its scales, as two halves. While one consumer scales, the other multiplies."""
+    ROWS: gl.constexpr = rows.shape[1]
+    part = gl.zeros((ROWS, WIDE // 2), gl.float32, LAYOUT)
+    left = part
+    right = part
+    row, live, slot = _rows(row0, end, schedule, LAYOUT, ROWS)
+    scale_row = row if x.scale.per == 0 else slot // x.scale.per
+    left_n = n0 + gl.arange(0, WIDE // 2, gl.SliceLayout(0, LAYOUT))
+    right_n = left_n if PARTS == 2 else left_n + WIDE // 2
+    r = of_rows(x, scale_row, live, row0 * 0, BLOCK_K)
+    s_left, s_right = _scales(w, expert, left_n, right_n, n0, row0 * 0, PARTS, LIMIT, K, BLOCK_K, LOAD_SCALES)
+    for k in range(0, k_end, BLOCK_K):
+        mbarrier.wait(ready.index(stage), phase)
+        if GATHER:
+            fence_async_shared()
+        a = rows.index(stage * CONSUMERS + CONSUMER)
+        part = warpgroup_mma(a, weights.index(stage * 2).permute((1, 0)), part, use_acc=False, is_async=True)
+        ahead = gl.minimum(k + BLOCK_K, K - 1)
+        r_next = of_rows(x, scale_row, live, ahead, BLOCK_K)
+        s_left_next, s_right_next = _scales(
+            w, expert, left_n, right_n, n0, ahead, PARTS, LIMIT, K, BLOCK_K, LOAD_SCALES
+        )
+        part = warpgroup_mma_wait(0, deps=(part,))
+        left = add_scaled(left, part, s_left, r, x, w, False)
+        part = warpgroup_mma(a, weights.index(stage * 2 + 1).permute((1, 0)), part, use_acc=False, is_async=True)
+        part = warpgroup_mma_wait(0, deps=(part,))
+        mbarrier.arrive(empty.index(stage), count=1)
+        right = add_scaled(right, part, s_right, r, x, w, False)
+        r, s_left, s_right = r_next, s_left_next, s_right_next
+        stage, phase = _next(stage, phase, STAGES)
+    return left, right, stage, phase
+
+
+@gluon.jit
+def _finished(
+    acc, schedule, x, w, e, expert, row0, end, n0,
+    PART: gl.constexpr, LIMIT: gl.constexpr, FINISH: gl.constexpr, EPILOGUE: gl.constexpr,
+):  # fmt: skip
+    """What follows the sum of columns ``n0 ...`` of a part of the weights, up to its activation."""
+    LAYOUT: gl.constexpr = acc.type.layout
+    row, live, slot = _rows(row0, end, schedule, LAYOUT, acc.shape[0])
+    scale_row = row
+    if x.scale_at is not None:
+        scale_row = row if x.scale.per == 0 else slot // x.scale.per
+    n = n0 + gl.arange(0, acc.shape[1], gl.SliceLayout(0, LAYOUT))
+    inside = n < LIMIT
+    acc = FINISH(acc, x, w, scale_row, live, expert, n, n0, inside, PART)
+    return EPILOGUE(acc, e, expert, slot, live, PART * w.up + n, inside)
+
+
+@gluon.jit
+def _store(
+    result, schedule, out, row0, end, column0,
+    COLUMNS: gl.constexpr, STORE: gl.constexpr, ENCODE: gl.constexpr, LARGEST: gl.constexpr, OUT_GROUP: gl.constexpr,
+):  # fmt: skip
+    ROWS: gl.constexpr = result.shape[0]
+    BLOCK_N: gl.constexpr = result.shape[1]
+    SUMMED: gl.constexpr = result.type.layout
+    row, live, slot = _rows(row0, end, schedule, SUMMED, ROWS)
+    column = column0 + gl.arange(0, BLOCK_N, gl.SliceLayout(0, SUMMED))
+    dest = slot if out.by_slot else row
+    value = STORE(result, out, dest, live, column, COLUMNS, ROWS, BLOCK_N, ENCODE, LARGEST, OUT_GROUP)
+    LAYOUT: gl.constexpr = _coalesced(BLOCK_N, value.dtype.primitive_bitwidth, gl.num_warps())
+    row, live, slot = _rows(row0, end, schedule, LAYOUT, ROWS)
+    column = column0 + gl.arange(0, BLOCK_N, gl.SliceLayout(0, LAYOUT))
+    dest = slot if out.by_slot else row
+    write(gl.convert_layout(value, LAYOUT), out, dest, live, column, COLUMNS)
+
+
+@gluon.jit
+def _activated_pairs(acc, p, ACTIVATION: gl.constexpr):
+    """Gate and up lie side by side."""
+    gate, up = gl.split(gl.reshape(acc, (acc.shape[0], acc.shape[1] // 2, 2)))
+    return ACTIVATION(gate, up, p)
+
+
+@gluon.jit
+def _consume(
+    schedule, x, w, out, e, p, rows, weights, ready, empty, first, n_tiles, step, k_end,
+    CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr, GATHER: gl.constexpr, SCALED: gl.constexpr,
+    ACCUMULATE: gl.constexpr, LOAD_SCALES: gl.constexpr, FINISH: gl.constexpr, EPILOGUE: gl.constexpr,
+    ACTIVATION: gl.constexpr, GATE_UP: gl.constexpr, STORE: gl.constexpr, ENCODE: gl.constexpr,
+    LARGEST: gl.constexpr, OUT_GROUP: gl.constexpr, N: gl.constexpr, K: gl.constexpr, BLOCK_K: gl.constexpr,
+    STAGES: gl.constexpr, N_BLOCKS: gl.constexpr, GROUP_M: gl.constexpr,
+):  # fmt: skip
+    PARTS: gl.constexpr = 2 if GATE_UP == "concatenated" else 1
+    COLUMNS: gl.constexpr = N if GATE_UP is None else N // 2
+    LIMIT: gl.constexpr = COLUMNS if PARTS == 2 else N  # columns of a part of the weights
+    LAYOUT: gl.constexpr = _accumulator(
+        WIDE // 2 if SCALED else WIDE,
+        128 if gl.int32 == ACCUMULATE else 256,
+        weights.dtype.primitive_bitwidth,
+        gl.num_warps(),
+    )
+    stage = 0
+    phase = 0
+    expert, row0, end, block_n = _tile(first, n_tiles, schedule, N_BLOCKS, GROUP_M)
+    for i in range(first, n_tiles * N_BLOCKS, step):
+        next_expert, next_row0, next_end, next_block_n = _tile(i + step, n_tiles, schedule, N_BLOCKS, GROUP_M)
+        mine = row0 + CONSUMER * (BLOCK_M // CONSUMERS)
+        if mine < end:
+            n0 = block_n * (WIDE // PARTS)
+            if SCALED:
+                left, right, stage, phase = _sum_of_groups(
+                    rows, weights, ready, empty, stage, phase, k_end, schedule, x, w, expert, mine, end, n0,
+                    CONSUMER, CONSUMERS, GATHER, PARTS, LIMIT, LOAD_SCALES, LAYOUT, K, BLOCK_K, STAGES,
+                )  # fmt: skip
+            else:
+                acc, stage, phase = _running_sum(
+                    rows, weights, ready, empty, stage, phase, k_end,
+                    CONSUMER, CONSUMERS, GATHER, ACCUMULATE, LAYOUT, BLOCK_K, STAGES,
+                )  # fmt: skip
+                left, right = _halves(acc)
+            second = n0 if PARTS == 2 else n0 + WIDE // 2
+            left = _finished(left, schedule, x, w, e, expert, mine, end, n0, 0, LIMIT, FINISH, EPILOGUE)
+            # One half after the other where they do not meet: fewer registers.
+            if GATE_UP is None:
+                if ACTIVATION is not None:
+                    left = ACTIVATION(left, p)
+                _store(left, schedule, out, mine, end, n0, COLUMNS, STORE, ENCODE, LARGEST, OUT_GROUP)
+            elif GATE_UP == "interleaved":
+                left = _activated_pairs(left, p, ACTIVATION)
+            right = _finished(right, schedule, x, w, e, expert, mine, end, second, PARTS - 1, LIMIT, FINISH, EPILOGUE)
+            if GATE_UP is None:
+                if ACTIVATION is not None:
+                    right = ACTIVATION(right, p)
+                _store(right, schedule, out, mine, end, second, COLUMNS, STORE, ENCODE, LARGEST, OUT_GROUP)
+            else:
+                if GATE_UP == "interleaved":
+                    result = _beside(left, _activated_pairs(right, p, ACTIVATION))
+                else:
+                    result = ACTIVATION(left, right, p)
+                _store(result, schedule, out, mine, end, n0 * PARTS // 2, COLUMNS, STORE, ENCODE, LARGEST, OUT_GROUP)
+        else:
+            stage, phase = _skip(ready, empty, stage, phase, k_end, BLOCK_K, STAGES)
+        expert, row0, end, block_n = next_expert, next_row0, next_end, next_block_n
+
+
+# --- kernel --------------------------------------------------------------------------------------------
+
+
+@gluon.jit
+def grouped_gemm_sm90(
+    schedule, x, w, out, e, p,  # Schedule, Rows, Weight, Output, Epilogue, Parameters
+    x_desc, w_desc,  # tensor maps; x_desc None: rows are gathered
+    k_end,
+    WAIT: gl.constexpr, RELEASE: gl.constexpr, LOAD_SCALES: gl.constexpr, FINISH: gl.constexpr,
+    EPILOGUE: gl.constexpr, ACTIVATION: gl.constexpr, GATE_UP: gl.constexpr, STORE: gl.constexpr, ENCODE: gl.constexpr,
+    LARGEST: gl.constexpr, OUT_GROUP: gl.constexpr, N: gl.constexpr, K: gl.constexpr, ACCUMULATE: gl.constexpr,
+    SCALED: gl.constexpr,  # scales are applied to the product of a step
+    BLOCK_K: gl.constexpr, STAGES: gl.constexpr, GROUP_M: gl.constexpr,
+    CONSUMERS: gl.constexpr,
+):  # fmt: skip
+    GATHER: gl.constexpr = x_desc is None
+    PARTS: gl.constexpr = 2 if GATE_UP == "concatenated" else 1
+    COLUMNS: gl.constexpr = N if GATE_UP is None else N // 2
+    BLOCK_N: gl.constexpr = WIDE if GATE_UP is None else WIDE // 2
+    N_BLOCKS: gl.constexpr = (COLUMNS + BLOCK_N - 1) // BLOCK_N
+    TYPE: gl.constexpr = w_desc.dtype
+    # One buffer of a stage, seen as what is loaded and as what is multiplied.
+    rows = gl.allocate_shared_memory(TYPE, [STAGES * 2, BLOCK_M // 2, BLOCK_K], w_desc.layout)
+    weights = gl.allocate_shared_memory(TYPE, [STAGES * PARTS, WIDE // PARTS, BLOCK_K], w_desc.layout)
+    left = _seen_as(rows, [STAGES * CONSUMERS, BLOCK_M // CONSUMERS, BLOCK_K])
+    HALVES: gl.constexpr = 2 if SCALED else 1
+    right = _seen_as(weights, [STAGES * HALVES, WIDE // HALVES, BLOCK_K])
+    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(ready.index(stage), count=129 if GATHER else 1)  # the expectation, and threads that gather
+        mbarrier.init(empty.index(stage), count=CONSUMERS)
+    fence_async_shared()
+    WAIT()
+    RELEASE()
+    # Of 504 registers of three threads, one of each group of warps, two consumers take these: two sums of 64 x 128 and
+    # a product, or one sum of 64 x 256. The producer has the rest, for addresses where it gathers.
+    REGISTERS: gl.constexpr = 216 if GATHER else 224
+    first = gl.program_id(0)
+    step = gl.num_programs(0)
+    n_tiles = gl.load(schedule.n_tiles)
+    gl.assume(k_end > 0)
+    # The producer is the partition that the kernel starts in: ptxas (13.0) spilled in a consumer there, whatever its
+    # registers. Tuples are written out where they are used: in a variable they would lose their constants.
+    if CONSUMERS == 2:
+        gl.warp_specialize([
+            (_produce, (schedule, x, w, x_desc, w_desc, rows, weights, ready, empty, first, n_tiles, step, k_end,
+                        PARTS, K, BLOCK_K, STAGES, N_BLOCKS, GROUP_M)),
+            (_consume, (schedule, x, w, out, e, p, left, right, ready, empty, first, n_tiles, step, k_end, 0, CONSUMERS,
+                        GATHER, SCALED, ACCUMULATE, LOAD_SCALES, FINISH, EPILOGUE, ACTIVATION, GATE_UP, STORE, ENCODE,
+                        LARGEST, OUT_GROUP, N, K, BLOCK_K, STAGES, N_BLOCKS, GROUP_M)),
+            (_consume, (schedule, x, w, out, e, p, left, right, ready, empty, first, n_tiles, step, k_end, 1, CONSUMERS,
+                        GATHER, SCALED, ACCUMULATE, LOAD_SCALES, FINISH, EPILOGUE, ACTIVATION, GATE_UP, STORE, ENCODE,
+                        LARGEST, OUT_GROUP, N, K, BLOCK_K, STAGES, N_BLOCKS, GROUP_M)),
+        ], [4, 4], [REGISTERS, REGISTERS])  # fmt: skip
+    else:
+        gl.warp_specialize([
+            (_produce, (schedule, x, w, x_desc, w_desc, rows, weights, ready, empty, first, n_tiles, step, k_end,
+                        PARTS, K, BLOCK_K, STAGES, N_BLOCKS, GROUP_M)),
+            (_consume, (schedule, x, w, out, e, p, left, right, ready, empty, first, n_tiles, step, k_end, 0, CONSUMERS,
+                        GATHER, SCALED, ACCUMULATE, LOAD_SCALES, FINISH, EPILOGUE, ACTIVATION, GATE_UP, STORE, ENCODE,
+                        LARGEST, OUT_GROUP, N, K, BLOCK_K, STAGES, N_BLOCKS, GROUP_M)),
+        ], [8], [REGISTERS])  # fmt: skip

@@ -1,0 +1,113 @@
+"""The warp-specialised kernels of Hopper at real sizes; the interpreter cannot run Gluon, so this is where they run."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import fusedmoe
+from fusedmoe.checks import check
+from fusedmoe.plan.planner import choose
+from fusedmoe.schemes import SCHEMES
+from fusedmoe.target import target_of
+from fusedmoe.testing.cases import OPTIONS, QUANTISED_OPTIONS, Case, formats_of, pairwise, run_poisoned
+from fusedmoe.testing.verify import TOLERANCE, relative_error
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
+    ),
+    pytest.mark.filterwarnings("default"),
+]
+
+#: Options that these kernels take; what they do not, the planner refuses, which tests without a GPU show.
+TAKEN = {**OPTIONS, "dtype": ("float16", "bfloat16"), "weight_layout": ("NK",), "pad": (0, 8)}
+#: (tokens, top_k, experts, hidden, intermediate): halves of tiles without rows, columns past the last, one short step
+SHAPES = [
+    (300, 8, 128, 256, 192),
+    (129, 2, 3, 96, 2880),
+    (513, 4, 16, 1040, 320),
+    (2048, 8, 64, 512, 768),
+    (5000, 2, 8, 512, 384),
+    (2100, 2, 8, 128, 4096),  # rows are copied into sorted order first
+    (40, 64, 256, 64, 96),
+    (3, 8, 4096, 64, 32),
+    (4096, 8, 128, 2048, 768),
+    (1, 1, 1, 32, 16),
+]
+GRID = pairwise({"shape": SHAPES, **TAKEN}, seed=2)
+
+
+@pytest.mark.parametrize("row", range(len(GRID)))
+def test_option_grid(row):
+    case = Case.of(**GRID[row])
+    _, error = run_poisoned(case, "cuda", "gluon_sm90", seed=row)
+    assert error < TOLERANCE[case.dtype], case
+
+
+def quantised() -> list[Case]:
+    """Every format whose codes these kernels multiply, over shapes and options."""
+    rows = pairwise({"shape": SHAPES, **TAKEN, "pad": (0, 16), **QUANTISED_OPTIONS, "emulate": (False,)}, seed=3)
+    forms = [
+        form
+        for scheme in SCHEMES
+        for form in formats_of(scheme)
+        if form.inputs is not None
+        and (form.element, form.inputs.mode == "group") in (("e4m3", False), ("e4m3", True), ("int8", False))
+        and form.element == form.inputs.element
+        and form.block in ((128, 128), (1, 0), (0, 0))
+    ]
+    cases = []
+    for index, form in enumerate(form for form in forms for _ in range(5)):
+        options = dict(rows[index % len(rows)])
+        chosen = {"both": (form, form), "w13": (form, None), "w2": (None, form)}[options.pop("quantised")]
+        cases.append(Case.of(**options, formats=chosen).fitted())
+    return cases
+
+
+QUANTISED = quantised()
+
+
+@pytest.mark.parametrize("index", range(len(QUANTISED)))
+def test_scheme_grid(index):
+    case = QUANTISED[index]
+    _, error = run_poisoned(case, "cuda", "gluon_sm90", seed=index)
+    assert error < case.tolerance, case
+
+
+def test_graph_replays_with_other_routing():
+    case = Case.of((600, 8, 128, 256, 192), ids="uniform")
+    arguments, options = case.draw("cuda")
+    x, w13, w2, weights, ids = arguments
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        out = fusedmoe.fused_experts(*arguments, backend="gluon_sm90", **options)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            out = fusedmoe.fused_experts(*arguments, backend="gluon_sm90", **options)
+    for kind in ("any", "one", "invalid", "absent"):
+        other, _ = Case.of((600, 8, 128, 256, 192), ids=kind).draw("cuda", seed=5)
+        ids.copy_(other[4])
+        x.copy_(other[0])
+        out.fill_(float("nan"))
+        graph.replay()
+        torch.cuda.synchronize()
+        want = fusedmoe.reference.fused_experts(x, w13, w2, weights, ids, **options)
+        assert relative_error(out, want) < TOLERANCE["bfloat16"], kind
+
+
+def test_a_row_of_nan_stays_alone():
+    arguments, options = Case.of((600, 4, 16, 256, 192)).draw("cuda")
+    want = fusedmoe.fused_experts(*arguments, backend="gluon_sm90", **options)
+    arguments[0][77] = float("nan")
+    got = fusedmoe.fused_experts(*arguments, backend="gluon_sm90", **options)
+    assert got[77].isnan().all()
+    others = torch.arange(600, device="cuda") != 77
+    assert torch.equal(got[others], want[others])
+
+
+def test_chosen_where_it_was_measured_to_be_faster():
+    arguments, options = Case.of((8192, 8, 128, 256, 192)).draw("cuda")
+    assert choose(check(*arguments, **options).problem, target_of(torch.device("cuda"))).backend == "gluon_sm90"
