@@ -8,7 +8,8 @@ import torch
 import fusedmoe
 from fusedmoe.checks import check
 from fusedmoe.plan.planner import choose
-from fusedmoe.schemes import SCHEMES
+from fusedmoe.schemes import SCHEMES, format_of
+from fusedmoe.spec.activation import Activation
 from fusedmoe.target import target_of
 from fusedmoe.testing.cases import OPTIONS, QUANTISED_OPTIONS, Case, formats_of, pairwise, run_poisoned
 from fusedmoe.testing.verify import TOLERANCE, relative_error
@@ -74,6 +75,16 @@ def test_scheme_grid(index):
     case = QUANTISED[index]
     _, error = run_poisoned(case, "cuda", "gluon_sm90", seed=index)
     assert error < case.tolerance, case
+
+
+@pytest.mark.parametrize("activation", ["relu2_no_mul", "silu"])
+@pytest.mark.parametrize("sizes", [(513, 4, 16, 1040, 320), (300, 2, 5, 272, 144)], ids=str)
+def test_halves_of_a_tile_past_the_last_column(sizes, activation):
+    """They have no scales to read, and no scale of theirs may be written: it would be the next row's."""
+    form = format_of("fp8_block")
+    case = Case.of(sizes, activation=Activation.of(activation), formats=(form, form)).fitted()
+    _, error = run_poisoned(case, "cuda", "gluon_sm90")
+    assert error < case.tolerance
 
 
 def test_graph_replays_with_other_routing():

@@ -223,7 +223,8 @@ def _scales(w, expert, left_n, right_n, n0, k, PARTS: gl.constexpr, LIMIT: gl.co
             BLOCK_K: gl.constexpr, LOAD_SCALES: gl.constexpr):  # fmt: skip
     """Scales of the weights of both halves in a step."""
     left, _ = LOAD_SCALES(w, expert, left_n, n0, left_n < LIMIT, k, 0, K, BLOCK_K)
-    right_n0 = n0 if PARTS == 2 else n0 + right_n.shape[0]
+    # The right half of the last block may lie past the last row, which has scales.
+    right_n0 = n0 if PARTS == 2 else gl.minimum(n0 + right_n.shape[0], LIMIT - 1)
     right, _ = LOAD_SCALES(w, expert, right_n, right_n0, right_n < LIMIT, k, PARTS - 1, K, BLOCK_K)
     return left, right
 
@@ -280,7 +281,7 @@ def _finished(
         scale_row = row if x.scale.per == 0 else slot // x.scale.per
     n = n0 + gl.arange(0, acc.shape[1], gl.SliceLayout(0, LAYOUT))
     inside = n < LIMIT
-    acc = FINISH(acc, x, w, scale_row, live, expert, n, n0, inside, PART)
+    acc = FINISH(acc, x, w, scale_row, live, expert, n, gl.minimum(n0, LIMIT - 1), inside, PART)
     return EPILOGUE(acc, e, expert, slot, live, PART * w.up + n, inside)
 
 

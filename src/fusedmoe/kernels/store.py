@@ -63,7 +63,8 @@ def codes_by_group(
         scale = encode.scale_of(tl.max(encode.magnitude(result), 1), LARGEST)
         if encode.int8 == ENCODE:
             scale = tl.where(encode.broken(result, 1) != 0, float("nan"), scale)
-        tl.store(out.scale + dest.to(tl.int64) * out.stride_scale + first, scale, mask=live)
+        there = live & (first * GROUP < COLUMNS)
+        tl.store(out.scale + dest.to(tl.int64) * out.stride_scale + first, scale, mask=there)
         return ENCODE(encode.quotient(result, scale[:, None]), out.ptr.dtype.element_ty)
     else:
         grouped = tl.reshape(result, (BLOCK_M, GROUPS, GROUP))
