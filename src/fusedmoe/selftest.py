@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fusedmoe.checks import check
 from fusedmoe.functional import fused_experts, workspace_bytes
+from fusedmoe.plan.planner import support
 from fusedmoe.schemes import SCHEMES, format_of
 from fusedmoe.spec.activation import REQUIRED, TABLE, Activation
 from fusedmoe.target import target_of
@@ -61,6 +63,8 @@ def _tests(machine: _Machine, case: Case) -> Iterator[tuple[str, Callable[[str],
     few, many = (replace(case, tokens=n_tokens) for n_tokens in (3, 300))
     for name, variant in (*_variants(case), *_quantised(case)):
         yield name, partial(_compare, machine, variant)
+    if machine.backend in (None, "auto"):
+        yield from _on_every_backend(machine, replace(case, tokens=600))
     yield "no tokens", partial(_no_tokens, machine, case)
     yield "same bits again, few tokens", partial(_same_bits, machine, few)
     yield "same bits again, many tokens", partial(_same_bits, machine, many)
@@ -104,6 +108,19 @@ def _quantised(case: Case) -> Iterator[tuple[str, Case]]:
     quantised = replace(case, formats=(form, form)).fitted()
     yield "hidden states as codes", replace(quantised, codes=True)
     yield "emulated products of codes", replace(quantised, emulate=True)
+
+
+def _on_every_backend(machine: _Machine, case: Case) -> Iterator[tuple[str, Callable[[str], Result]]]:
+    """What each backend that the planner may choose takes, since it chooses by the number of tokens."""
+    quantised = [form for form in map(format_of, SCHEMES) if form.inputs is not None]
+    target = target_of(machine.device)
+    for variant in (case, *(replace(case, formats=(form, form)).fitted() for form in quantised)):
+        arguments, options = variant.draw(machine.device)
+        reasons = support(check(*arguments, **options).problem, target)
+        for backend in (name for name, against in reasons.items() if not against):
+            form = variant.formats[0]
+            kind = variant.dtype if form is None else f"scheme {form.scheme}"
+            yield f"backend {backend}, {kind}", partial(_compare, replace(machine, backend=backend), variant)
 
 
 def _run(machine: _Machine, arguments: tuple[Any, ...], options: dict[str, Any]) -> Tensor:

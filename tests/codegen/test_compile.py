@@ -9,7 +9,7 @@ import torch
 
 import fusedmoe
 from fusedmoe import experts, functional
-from fusedmoe.backends import sm90, triton as backend
+from fusedmoe.backends import triton as backend
 from fusedmoe.backends.workspace import layout_bytes
 from fusedmoe.checks import check
 from fusedmoe.cli.explanation import _launches
@@ -22,7 +22,7 @@ from fusedmoe.settings import settings
 from fusedmoe.target import KNOWN, Target
 from fusedmoe.testing import codegen
 from fusedmoe.testing.cases import storage_of
-from fusedmoe.testing.codegen import compiling_for
+from fusedmoe.testing.codegen import Compiled, compiling_for
 
 if settings().interpret:
     pytest.skip("compiles, so TRITON_INTERPRET must not be set", allow_module_level=True)
@@ -54,8 +54,7 @@ def compile_layer(target: str, shape, dtype=torch.float16, monkeypatch=None, for
     ids = torch.zeros(tokens, top_k, dtype=torch.int64)
     call = check(e(tokens, hidden), w13, w2, torch.empty(tokens, top_k), ids, **options)
     plan = choose(call.problem, TARGETS[target], chosen)
-    for module in (backend, sm90):
-        monkeypatch.setattr(module, "target_of", lambda device: TARGETS[target])
+    monkeypatch.setattr(backend, "target_of", lambda device: TARGETS[target])
     with compiling_for(target) as compiled:
         experts.run(call, plan)
     return call.problem, plan.triton, compiled
@@ -202,6 +201,16 @@ def test_specialised_kernels_of_hopper(form, monkeypatch):
             assert kernel.count(r"UTMALDG[.\w]*") > 0
             assert (kernel.count(r"LDGSTS[.\w]*") > 0) == (config.maps == "w"), "rows are gathered where not by map"
             assert kernel.count("ACQBULK") > 0, "each launch waits for the one before it"
+        if shape == "tall, gathered":  # takes seconds
+            assert gate_up.complaints() + down.complaints() == []
+
+
+def test_complaints_of_the_assembler_are_heard():
+    ptx = ".version 8.4\n.target sm_90a\n.address_size 64\n"
+    ptx += ".visible .entry k() { setmaxnreg.inc.sync.aligned.u32 240; ret; }"
+    kernel = Compiled("k", "sm_90", 0, 0, 0, {"ptx": ptx})
+    (complaint,) = kernel.complaints()
+    assert "C7508" in complaint and "'setmaxnreg' ignored" in complaint
 
 
 @pytest.mark.parametrize("form", [None, *FORMATS], ids=str)

@@ -77,3 +77,10 @@ def test_a_backend_that_raises_fails_its_lines_and_no_more():
         for r in results
         if r.name != "torch.compile"
     )
+
+
+def test_every_backend_that_takes_a_call_is_tested():
+    names = {result.name for result in selftest(CPU)}
+    assert {"backend torch, bfloat16", "backend torch, scheme fp8_block", "backend torch, scheme int8_w8a8"} <= names
+    assert not any(name.startswith(("backend triton", "backend gluon")) for name in names), "there is no GPU"
+    assert not any(name.startswith("backend") for name in (r.name for r in selftest(CPU, backend="torch")))

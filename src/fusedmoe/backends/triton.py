@@ -16,6 +16,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fusedmoe._compat import device_guard, teach_interpreter
+from fusedmoe.backends.product import Product
 from fusedmoe.backends.rows import flat, in_order, order_of, quantised, with_scale
 from fusedmoe.backends.weights import operand, weight_map
 from fusedmoe.backends.workspace import Layout, Workspace
@@ -44,10 +45,10 @@ from fusedmoe.kernels.operands import (
     Rows,
     Schedule,
 )
-from fusedmoe.plan.config import FEW, KernelConfig, Plan, TritonPlan
+from fusedmoe.plan.config import FEW, Plan, TritonPlan
 from fusedmoe.settings import settings
 from fusedmoe.spec.format import ELEMENTS, Inputs
-from fusedmoe.spec.problem import Gemm, Problem
+from fusedmoe.spec.problem import Problem
 from fusedmoe.target import target_of
 
 if settings().interpret:
@@ -255,24 +256,24 @@ def gate_up(call: Call, plan: Plan, schedule: _Schedule, work: Workspace) -> Row
         with device_guard(call.hidden_states.device):
             quantise.zero[(1,)](work["hidden_amax"], **after, N=1)
         options = after
-    _launch(
-        call,
+    product = Product(
         problem.gate_up_gemm,
         how.gate_up,
-        options,
-        schedule,
         x,
         call.w13,
         how.multiply[0],
-        problem.intermediate if problem.gate_up == "concatenated" and p.gated else 0,
         out,
         e,
-        Parameters(*(None if v is None else tl.constexpr(float(v)) for v in (p.alpha, p.beta, p.limit, p.linear_beta))),
         epilogue.weigh_then_bias,
-        getattr(activations, p.name),
-        problem.gate_up if p.gated else None,
         stored,
+        up=problem.intermediate if problem.gate_up == "concatenated" and p.gated else 0,
+        p=Parameters(
+            *(None if v is None else tl.constexpr(float(v)) for v in (p.alpha, p.beta, p.limit, p.linear_beta))
+        ),
+        activation=getattr(activations, p.name),
+        gate_up=problem.gate_up if p.gated else None,
     )
+    _launch(call, product, options, schedule)
     if how.requantise != "kernel":
         return _hidden_rows(how, requantised, call, work)
     assert requantised is not None
@@ -376,24 +377,18 @@ def down(call: Call, plan: Plan, schedule: _Schedule, hidden: Rows, work: Worksp
     e = _with_bias(call.w2_bias)
     if not problem.weight_on_input:
         e = _with_router_weight(e, call)
-    _launch(
-        call,
+    product = Product(
         problem.down_gemm,
         _plan(plan).down,
-        _overlap(plan)[1],
-        schedule,
         hidden,
         call.w2,
         _plan(plan).multiply[1],
-        0,
         Output(rows, rows.stride(0), tl.constexpr(True)),
         e,
-        Parameters(None, None, None, None),
         epilogue.bias_then_weigh,
-        None,
-        None,
         _PLAIN,
     )
+    _launch(call, product, _overlap(plan)[1], schedule)
     return rows
 
 
@@ -449,37 +444,25 @@ def _with_router_weight(e: Epilogue, call: Call) -> Epilogue:
     )
 
 
-def _launch(
-    call: Call,
-    gemm: Gemm,
-    config: KernelConfig,
-    options: dict[str, Any],
-    schedule: _Schedule,
-    x: Rows,
-    w: torch.Tensor | ExpertMatrix,
-    multiply: str,
-    up: int,
-    out: Output,
-    e: Epilogue,
-    p: Parameters,
-    epilogue_function: Any,
-    activation_function: Any,
-    gate_up_layout: str | None,
-    stored: dict[str, Any],
-) -> None:
-    if config.specialised:
+def _launch(call: Call, product: Product, options: dict[str, Any], schedule: _Schedule) -> None:
+    n_sm = target_of(call.hidden_states.device).n_sm
+    programs = product.programs(schedule.max_tiles, n_sm)
+    with device_guard(call.hidden_states.device):
+        if not product.config.specialised:
+            _launch_portable(call, product, options, schedule, programs)
+            return
         # Imported when chosen: Gluon is younger than the oldest Triton that the portable kernels run on.
         from fusedmoe.backends import sm90
 
         assert schedule.schedule is not None, "a plan with these kernels has a schedule"
-        sm90.launch(
-            call, gemm, config, options, schedule.schedule, schedule.max_tiles, x, w, multiply, up, out, e, p,
-            epilogue_function, activation_function, gate_up_layout, stored,
-        )  # fmt: skip
-        return
-    _, n, k = w.shape
-    wide = config.block_n * (2 if gate_up_layout == "interleaved" else 1)
-    matrix = operand(w, multiply, up, wide, config)
+        sm90.launch(product, options, schedule.schedule, programs)
+
+
+def _launch_portable(call: Call, product: Product, options: dict[str, Any], schedule: _Schedule, programs: int) -> None:
+    config, x = product.config, product.x
+    _, n, k = product.w.shape
+    wide = config.block_n * (2 if product.gate_up == "interleaved" else 1)
+    matrix = operand(product.w, product.multiply, product.up, wide, config)
     w_desc, load_w, weight = None, load.weight_by_pointer, matrix.weight
     if config.maps != "none":
         w_desc, per_expert, load_w = weight_map(matrix.data, config, wide, matrix.policies["PER_ITEM"])
@@ -488,43 +471,38 @@ def _launch(
     if config.maps == "xw":
         x_desc = TensorDescriptor(x.ptr, [x.ptr.shape[0], k], [x.stride_row, 1], [config.block_m, config.block_k])
         load_x = load.rows_by_map
-    columns = n if gate_up_layout is None else n // 2
-    n_programs = schedule.max_tiles * math.ceil(columns / config.block_n)
-    if config.programs_per_sm:
-        n_programs = min(n_programs, target_of(call.hidden_states.device).n_sm * config.programs_per_sm)
     few = schedule.schedule is None
-    with device_guard(call.hidden_states.device):
-        grouped_gemm[(n_programs,)](
-            schedule.ids,
-            schedule.schedule,
-            x,
-            weight,
-            out,
-            e,
-            p,
-            x_desc,
-            w_desc,
-            matrix.k_end,
-            **options,
-            **matrix.policies,
-            **stored,
-            SPAN=tiles.few_span if few else tiles.scheduled_span,
-            LOCATE=tiles.few_locate if few else tiles.scheduled_locate,
-            LOAD_X=load_x,
-            LOAD_W=load_w,
-            EPILOGUE=epilogue_function,
-            ACTIVATION=activation_function,
-            GATE_UP=gate_up_layout,
-            N=n,
-            K=k,
-            SWAP=config.swap,
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
-            BLOCK_K=config.block_k,
-            GROUP_M=config.group_m,
-            FEW=FEW,
-            FLATTEN=config.flatten,
-            PRECISION=call.problem.fp32_precision,
-            num_warps=config.warps,
-            num_stages=config.stages,
-        )
+    grouped_gemm[(programs,)](
+        schedule.ids,
+        schedule.schedule,
+        x,
+        weight,
+        product.out,
+        product.e,
+        product.p,
+        x_desc,
+        w_desc,
+        matrix.k_end,
+        **options,
+        **matrix.policies,
+        **product.stored,
+        SPAN=tiles.few_span if few else tiles.scheduled_span,
+        LOCATE=tiles.few_locate if few else tiles.scheduled_locate,
+        LOAD_X=load_x,
+        LOAD_W=load_w,
+        EPILOGUE=product.epilogue,
+        ACTIVATION=product.activation,
+        GATE_UP=product.gate_up,
+        N=n,
+        K=k,
+        SWAP=config.swap,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        GROUP_M=config.group_m,
+        FEW=FEW,
+        FLATTEN=config.flatten,
+        PRECISION=call.problem.fp32_precision,
+        num_warps=config.warps,
+        num_stages=config.stages,
+    )

@@ -30,6 +30,9 @@ TARGETS = {
 }
 
 
+_BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
 class _Driver:
     """Stands in for a GPU driver: knows its target, launches nothing."""
 
@@ -65,9 +68,20 @@ class Compiled:
         """How often an instruction occurs in the machine code."""
         return len(re.findall(rf"\b{instruction}\b", self.sass()))
 
+    def complaints(self) -> list[str]:
+        """What NVIDIA's assembler says of the PTX beside its statistics: performance that it gave up, for example."""
+        program = _BINARIES / "ptxas"
+        with tempfile.TemporaryDirectory() as folder:
+            source = Path(folder) / "kernel.ptx"
+            source.write_text(self.asm["ptx"], encoding="utf-8")
+            arch = re.findall(r"\.target\s+(\w+)", self.asm["ptx"])[0]
+            command = [str(program), "-v", f"-arch={arch}", str(source), "-o", str(Path(folder) / "kernel.cubin")]
+            said = subprocess.run(command, check=True, capture_output=True, text=True)
+        return re.findall(r".*\((?:C\d+)\).*", said.stdout + said.stderr)
+
 
 def _tool(name: str, flag: str, binary: bytes) -> str:
-    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    path = _BINARIES / name
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary)
         file.flush()

@@ -1,0 +1,37 @@
+"""One of the two GEMMs of a call, as a launch of either kind of kernel takes it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+
+from fusedmoe.expert_matrix import ExpertMatrix
+from fusedmoe.kernels.operands import Epilogue, Output, Parameters, Rows
+from fusedmoe.plan.config import KernelConfig
+from fusedmoe.spec.layout import GateUpLayout
+from fusedmoe.spec.problem import Gemm
+
+
+class Product(NamedTuple):
+    """What is multiplied, what follows the sum, and where it is stored."""
+
+    gemm: Gemm
+    config: KernelConfig
+    x: Rows
+    w: torch.Tensor | ExpertMatrix
+    multiply: str  #               type of the operands, by the plan's name for it
+    out: Output
+    e: Epilogue
+    epilogue: Any
+    stored: dict[str, Any]  #      policies of the store
+    up: int = 0  #                 row of the first up row of a concatenated w13
+    p: Parameters = Parameters(None, None, None, None)
+    activation: Any = None
+    gate_up: GateUpLayout | None = None
+
+    def programs(self, tiles: int, n_sm: int) -> int:
+        """Size of the grid: one program per tile, or as many as a persistent kernel has."""
+        count = tiles * math.ceil(self.gemm.columns / self.config.block_n)
+        return min(count, n_sm * self.config.programs_per_sm) if self.config.programs_per_sm else count
