@@ -43,7 +43,7 @@ def strings(path: Path) -> set[str]:
 FILES = sorted(
     path
     for path in SOURCE.rglob("*.py")
-    if path.relative_to(SOURCE).parts[0] not in ("cli", "cli.py", "bench.py", "selftest.py", "testing")
+    if path.relative_to(SOURCE).parts[0] not in ("cli", "bench", "selftest.py", "testing")
 )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json as json_module
 import math
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,6 +17,8 @@ from fusedmoe.errors import FusedMoEError, OptionError, explain
 
 if TYPE_CHECKING:
     import torch
+
+    from fusedmoe.bench import Shape
 
 #: Exit codes beside 0.
 WRONG, REFUSED = 1, 2
@@ -219,7 +222,8 @@ def check(device: Device = None, backend: Backend = None, json: Json = False) ->
 @app.command()
 def bench(
     shape: Annotated[
-        list[str] | None, typer.Option(help="A known model, or E,top_k,H,I; repeatable; all known models.")
+        list[str] | None,
+        typer.Option(help="A known model, E,top_k,H,I, or the path of a config.json; repeatable; all known models."),
     ] = None,
     tokens: Annotated[str | None, typer.Option(help="Numbers of tokens, such as 1,8,32.")] = None,
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
@@ -227,59 +231,91 @@ def bench(
         list[str] | None, typer.Option(help="Quantisation scheme of the experts, or none; repeatable; none.")
     ] = None,
     device: Device = None,
-    backend: Backend = None,
+    backend: Annotated[
+        list[str] | None,
+        typer.Option(help="auto, gluon_sm90, triton or torch; repeatable: side by side on the same arguments."),
+    ] = None,
+    routing: Annotated[
+        list[str] | None, typer.Option(help="How experts are drawn, uniform or zipf; repeatable; uniform.")
+    ] = None,
+    peer: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Another library, run beside ours where it is installed: torch._grouped_mm, transformers-grouped_mm, "
+            "transformers-batched_mm, vllm or all; repeatable."
+        ),
+    ] = None,
     beside: Annotated[
         list[Path] | None, typer.Option(help="Figures of another library, as in benchmarks/peers; repeatable.")
     ] = None,
     json: Annotated[str | None, typer.Option(metavar="FILE", help="Write JSON there; - is stdout, alone.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw a roofline and bars: FILE.png and FILE.svg.")
+    ] = None,
 ) -> None:
     """Time the layer at the sizes of known models: microseconds, TFLOP/s, multiple of the floor. Verified first."""
     from fusedmoe import bench as benchmark
+    from fusedmoe.bench import plot as drawing
     from fusedmoe.cli import show
     from fusedmoe.cli.environment import name_of, versions
-    from fusedmoe.plan.floor import types_of
-    from fusedmoe.target import target_of
 
+    if plot is not None:
+        drawing.require_matplotlib()
     where, kind = _device(device), benchmark.dtype_of(dtype)
     shapes = [benchmark.shape_of(name) for name in shape or benchmark.SHAPES]
     counts = benchmark.TOKENS_CPU if where.type == "cpu" else benchmark.TOKENS
     if tokens is not None:
         counts = tuple(_integers("--tokens", tokens))
     schemes = scheme or ["none"]
-    peers = [benchmark.read_peer(path) for path in beside or ()]
-    target = target_of(where)
-    types: set[str] = set()
-    for one in shapes:
-        for name in schemes:
-            problem = benchmark.problem_of(one, counts[0], kind, form=benchmark.format_for(name, one))
-            types.update(types_of(problem, target))
+    figures = [benchmark.read_peer(path) for path in beside or ()]
+    how: dict[str, Any] = {
+        "dtype": kind,
+        "device": where,
+        "backends": backend or [None],
+        "routings": [benchmark.routing_of(name) for name in routing or ["uniform"]],
+        "peers": benchmark.peers_of(peer or ()),
+    }
+    types = _types(shapes, schemes, counts[0], kind, where)
     ceilings = benchmark.measure_ceilings(where, types)
     quiet = json == "-"
     if not quiet:
-        show.ceilings(ceilings, name_of(where), types, peers)
+        show.ceilings(ceilings, name_of(where), types, figures)
     rows = []
     for name in schemes:
         for one in shapes:
-            fresh = list(
-                benchmark.bench(one, counts, dtype=kind, device=where, ceilings=ceilings, backend=backend, scheme=name)
-            )
+            fresh = list(benchmark.bench(one, counts, ceilings=ceilings, scheme=name, **how))
             rows += fresh
             if not quiet:
-                show.rows(fresh, peers)
-    if json is not None:
-        found = {
-            "versions": versions(),
-            "device": name_of(where),
-            "ceilings": asdict(ceilings),
-            "rows": [{**asdict(row), **show.beside(row, peers)} for row in rows],
-            "beside": [{key: getattr(peer, key) for key in ("name", "device", "scheme", "source")} for peer in peers],
-        }
-        if quiet:
-            typer.echo(_json(found))
-        else:
-            _write(Path(json), _json(found) + "\n")
-    if not all(row.ok for row in rows):
+                show.rows(fresh, figures)
+    found = {
+        "versions": versions(),
+        "device": name_of(where),
+        "ceilings": asdict(ceilings),
+        "rows": [{**asdict(row), **show.beside(row, figures)} for row in rows],
+        "beside": [{key: getattr(one, key) for key in ("name", "device", "scheme", "source")} for one in figures],
+    }
+    if quiet:
+        typer.echo(_json(found))
+    elif json is not None:
+        _write(Path(json), _json(found) + "\n")
+    if plot is not None:
+        files = drawing.plot([asdict(row) for row in rows], asdict(ceilings), plot, title=name_of(where))
+        typer.echo(f"written: {', '.join(map(str, files))}", err=quiet)
+    if any(row.wrong for row in rows):
         raise typer.Exit(WRONG)
+
+
+def _types(
+    shapes: Iterable[Shape], schemes: Iterable[str], tokens: int, dtype: torch.dtype, device: torch.device
+) -> set[str]:
+    """The types in which the device will multiply, whose rates have to be measured."""
+    from fusedmoe.bench import format_for, problem_of
+    from fusedmoe.plan.floor import types_of
+    from fusedmoe.target import target_of
+
+    target = target_of(device)
+    problems = [problem_of(one, tokens, dtype, form=format_for(name, one)) for one in shapes for name in schemes]
+    return {kind for problem in problems for kind in types_of(problem, target)}
 
 
 def _write(path: Path, text: str) -> None:

@@ -141,22 +141,38 @@ def beside(row: Row, peers: Sequence[Peer]) -> dict[str, Any]:
 def rows(found: Sequence[Row], peers: Sequence[Peer]) -> None:
     """The rows of one shape and scheme."""
     table = Table(box=None, padding=(0, 2, 0, 0))
-    heads = ["shape", "format", "T", "µs", "TFLOP/s", "floor µs", "x floor", "error"]
+    skewed = any(row.routing != "uniform" for row in found)
+    heads = ["shape", "format", *(["routing"] if skewed else []), "T", "µs", "TFLOP/s", "floor µs", "x floor", "error"]
     heads += ["peer", "peer µs", "times faster"] if peers else []
     for head in [*heads, "backend"]:
-        left = head in ("shape", "format", "peer", "backend")
+        left = head in ("shape", "format", "routing", "peer", "backend")
         table.add_column(head, justify="left" if left else "right", no_wrap=True)
     table.add_column("config", overflow="fold")
     for row in found:
-        if row.us is None or row.tflops is None:
-            figures = ["WRONG", "", f"{row.floor_us:.1f}", "", f"{row.error:.1e} > {row.tolerance:.1e}"]
-        else:
-            figures = [f"{row.us:.1f}", f"{row.tflops:.3g}", f"{row.floor_us:.1f}", f"{row.times_floor:.2f}"]
-            figures += [f"{row.error:.1e}"]
+        facts = [row.shape, row.format or row.dtype, *([row.routing] if skewed else []), str(row.tokens)]
+        figures = _figures(row)
         if peers:
             name, *numbers = beside(row, peers).values()
             figures += [name or "", *("" if value is None else f"{value:.2f}" for value in numbers)]
-        table.add_row(row.shape, row.format or row.dtype, str(row.tokens), *figures, row.backend, escape(row.config))
+        table.add_row(*facts, *figures, row.backend, escape(_remark(row)))
     # A file has no width of its own; there a row stays on its line.
     console = _console()
     (console if console.is_terminal else Console(highlight=False, width=320)).print(table)
+
+
+def _figures(row: Row) -> list[str]:
+    """µs, TFLOP/s, floor, multiple of it, error."""
+    floor = f"{row.floor_us:.1f}"
+    if row.us is None or row.tflops is None or row.error is None:
+        error = (
+            "" if row.error is None else f"{row.error:.1e} > {row.tolerance:.1e}" if row.wrong else f"{row.error:.1e}"
+        )
+        return ["WRONG" if row.wrong else "-", "", floor, "", error]
+    return [f"{row.us:.1f}", f"{row.tflops:.3g}", floor, f"{row.times_floor:.2f}", f"{row.error:.1e}"]
+
+
+def _remark(row: Row) -> str:
+    """How a row came about, or why it has no figure."""
+    graph = "launched anew each time, without a CUDA graph" if row.graph is False else ""
+    library = "" if row.library.startswith("fusedmoe ") else row.library
+    return "; ".join(part for part in (library, row.config, graph, row.reason) if part)

@@ -1,0 +1,250 @@
+"""Verify and time one layer: each backend, and other libraries, on the same arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fusedmoe import __version__, functional
+from fusedmoe.bench.peers import PEERS, NotHereError
+from fusedmoe.bench.routing import draw_routing
+from fusedmoe.bench.shapes import Shape, format_for
+from fusedmoe.bench.timing import time_captured, time_us
+from fusedmoe.checks import check
+from fusedmoe.errors import UnsupportedError
+from fusedmoe.expert_matrix import ExpertMatrix
+from fusedmoe.plan.config import KernelConfig, Plan
+from fusedmoe.plan.floor import Ceilings, floor_of, types_of
+from fusedmoe.plan.planner import choose, support
+from fusedmoe.settings import settings
+from fusedmoe.spec.problem import Problem
+from fusedmoe.target import Target, target_of
+from fusedmoe.testing.cases import random_matrix
+from fusedmoe.testing.verify import Verdict, verify
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One measurement. ``us``, ``tflops`` and ``times_floor`` are None when the result was wrong or there was none.
+
+    Attributes:
+        scheme, format: of both expert matrices; None when they are of type ``dtype``.
+        routing: by which law the experts were drawn.
+        backend: which of ours, or the name of a peer.
+        library: whose layer it is, with its version.
+        graph: a CUDA graph was replayed; False: launched anew each time; None where there is none to replay.
+        floor_us: see :mod:`fusedmoe.plan.floor`.
+        times_floor: us / floor_us.
+        distinct: distinct experts among the ids: their weights have to be read.
+        weight_bytes: of the distinct experts.
+        flops: of the two products, 2 per multiply-add.
+        multiplied_as: types of the operands of the two products, which say whose rate is in the floor.
+        error, tolerance: relative error against the reference, and its bound; None when there was no result.
+        config: what the kernels were launched with.
+        reason: why there is no figure, other than a wrong result of ours.
+    """
+
+    shape: str
+    tokens: int
+    dtype: str
+    scheme: str | None
+    format: str | None
+    routing: str
+    backend: str
+    library: str
+    us: float | None
+    tflops: float | None
+    graph: bool | None
+    floor_us: float
+    times_floor: float | None
+    distinct: int
+    weight_bytes: float
+    flops: int
+    multiplied_as: tuple[str, ...]
+    error: float | None
+    tolerance: float | None
+    config: str
+    reason: str | None
+
+    @property
+    def ok(self) -> bool:
+        """The result was right."""
+        return self.us is not None
+
+    @property
+    def wrong(self) -> bool:
+        """A result of ours was wrong."""
+        return self.us is None and self.reason is None
+
+
+class _Case(NamedTuple):
+    """What all rows of one draw share."""
+
+    shape: Shape
+    routing: str
+    arguments: tuple[Any, ...]
+    problem: Problem
+    target: Target
+    ceilings: Ceilings
+
+    def row(
+        self,
+        backend: str,
+        library: str,
+        *,
+        verdict: Verdict | None = None,
+        timed: tuple[float, bool | None] | None = None,
+        config: str = "",
+        reason: str | None = None,
+    ) -> Row:
+        """The row of one backend or peer."""
+        problem = self.problem
+        us, graph = (None, None) if timed is None else timed
+        distinct = int(self.arguments[4].unique().numel())
+        floor_us = floor_of(problem, self.target, self.ceilings, distinct=distinct).us
+        return Row(
+            shape=self.shape.name,
+            tokens=problem.tokens,
+            dtype=problem.dtype,
+            scheme=None if problem.w13_format is None else problem.w13_format.scheme,
+            format=None if problem.w13_format is None else str(problem.w13_format),
+            routing=self.routing,
+            backend=backend,
+            library=library,
+            us=us,
+            tflops=None if us is None else problem.flops / us / 1e6,
+            graph=graph,
+            floor_us=floor_us,
+            times_floor=None if us is None else us / floor_us,
+            distinct=distinct,
+            weight_bytes=distinct * problem.expert_bytes,
+            flops=problem.flops,
+            multiplied_as=tuple(dict.fromkeys(types_of(problem, self.target))),
+            error=None if verdict is None else verdict.error,
+            tolerance=None if verdict is None else verdict.tolerance,
+            config=config,
+            reason=reason,
+        )
+
+
+def describe(plan: Plan) -> str:
+    """The kernels of a plan on one line."""
+    if plan.triton is None:
+        return "one product per expert"
+
+    def tile(config: KernelConfig) -> str:
+        text = f"{config.block_m}x{config.block_n}x{config.block_k} warps={config.warps} stages={config.stages}"
+        text += f" group_m={config.group_m}" if config.group_m > 1 else ""
+        text += f" maps={config.maps}" if config.maps != "none" else ""
+        text += f" programs_per_sm={config.programs_per_sm}" if config.programs_per_sm else ""
+        return text + (" flatten" if config.flatten else "")
+
+    path = "few tokens" if plan.triton.few else "gathered" if plan.triton.gather else "scheduled"
+    return f"{path}; gate-up {tile(plan.triton.gate_up)}; down {tile(plan.triton.down)}"
+
+
+@torch.no_grad()
+def bench(
+    shape: Shape,
+    tokens: Sequence[int],
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    ceilings: Ceilings,
+    scheme: str = "none",
+    backends: Sequence[str | None] = (None,),
+    routings: Sequence[str] = ("uniform",),
+    peers: Sequence[str] = (),
+) -> Iterator[Row]:
+    """Verify and time the layer of one shape with the default activation: every routing, number of tokens and backend.
+
+    Args:
+        shape, tokens, dtype, scheme: the layer and its calls.
+        device: where.
+        ceilings: of the device, for the floor.
+        backends: of ours, in this order; None: as the process is set. One that does not take a call gives a row that
+            says why, unless it is the only one.
+        routings: laws by which experts are drawn, of :data:`fusedmoe.bench.routing.ROUTINGS`.
+        peers: other libraries, of :data:`fusedmoe.bench.peers.PEERS`; one that cannot be run gives a row that says why.
+
+    Raises:
+        UnsupportedError, OptionError: the only backend does not take the call, or one does not exist.
+    """
+    generator = torch.Generator(device).manual_seed(0)
+
+    def draw(*sizes: int, fan_in: int = 1) -> Tensor:
+        return torch.empty(sizes, dtype=dtype, device=device).normal_(0.0, fan_in**-0.5, generator=generator)
+
+    e, h, i = shape.experts, shape.hidden, shape.intermediate
+    form = format_for(scheme, shape)
+    w13: Tensor | ExpertMatrix
+    w2: Tensor | ExpertMatrix
+    if form is None:
+        w13, w2 = draw(e, 2 * i, h, fan_in=h), draw(e, h, i, fan_in=i)
+    else:
+        w13 = random_matrix(form, (e, 2 * i, h), generator, parts=2)
+        w2 = random_matrix(form, (e, h, i), generator)
+    for routing, n_tokens in ((routing, n) for routing in routings for n in tokens):
+        topk_weights, topk_ids = draw_routing(routing, n_tokens, e, shape.top_k, generator)
+        arguments = (draw(n_tokens, h), w13, w2, topk_weights, topk_ids)
+        case = _Case(shape, routing, arguments, check(*arguments).problem, target_of(device), ceilings)
+        for backend in backends:
+            yield _measure(case, backend, alone=len(backends) == 1)
+        for peer in peers:
+            yield _measure_peer(case, peer)
+
+
+def _measure(case: _Case, backend: str | None, *, alone: bool) -> Row:
+    """One of our backends."""
+    arguments, library = case.arguments, f"fusedmoe {__version__}"
+    try:
+        plan = choose(case.problem, case.target, backend)
+    except UnsupportedError as cause:
+        if alone:
+            raise
+        name = settings().backend if backend is None else backend
+        reasons = support(case.problem, case.target).get(name) or (str(cause),)
+        return case.row(name, library, reason="; ".join(reasons))
+    n_bytes = functional.workspace_bytes(*arguments, backend=backend)
+    out, workspace = (
+        torch.empty_like(arguments[0]),
+        torch.empty(n_bytes, dtype=torch.uint8, device=arguments[0].device),
+    )
+
+    def call() -> Tensor:
+        return functional.fused_experts(*arguments, backend=backend, out=out, workspace=workspace)
+
+    out.fill_(float("nan"))
+    workspace.fill_(255)
+    verdict, timed = verify(call(), arguments, {}), None
+    if verdict.ok:
+        graph = plan.backend != "torch"
+        timed = (
+            time_us(call, out.device, graph=graph),
+            graph if out.device.type == "cuda" else None,
+        )
+    return case.row(plan.backend, library, verdict=verdict, timed=timed, config=describe(plan))
+
+
+def _measure_peer(case: _Case, name: str) -> Row:
+    """Another library; whatever keeps it from a right result is the reason in its row."""
+    peer, verdict = PEERS[name], None
+    if case.problem.w13_format is not None:
+        return case.row(name, peer.version, reason="it is compared on experts that are not quantised")
+    try:
+        call = peer.prepare(*case.arguments)
+        verdict = verify(call(), case.arguments, {})
+        if not verdict.ok:
+            reason = f"wrong: error {verdict.error:.1e} > {verdict.tolerance:.1e}"
+            return case.row(name, peer.version, verdict=verdict, reason=reason)
+        timed = time_captured(call, case.arguments[0].device)
+    except NotHereError as cause:
+        return case.row(name, peer.version, reason=str(cause))
+    except Exception as cause:  # noqa: BLE001 - how another library fails is its result, and others may work
+        said = (str(cause).splitlines() or [""])[0]
+        return case.row(name, peer.version, verdict=verdict, reason=f"{type(cause).__name__}: {said}")
+    return case.row(name, peer.version, verdict=verdict, timed=timed)
