@@ -17,7 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fusedmoe.kernels.scales import of_rows
+from fusedmoe.kernels.scales import of_rows, row_of
 from fusedmoe.kernels.store import write
 
 
@@ -50,10 +50,7 @@ def grouped_gemm(
     for i in tl.range(first, last, step, flatten=FLATTEN):
         expert, row0, row, slot, live, block_n = LOCATE(i, ids, schedule, N_BLOCKS, BLOCK_M, GROUP_M, FEW)
         index = row if x.per is None else slot // x.per
-        # The row of scales; codes may have been copied into sorted rows, and their scales not.
-        scale_row = index
-        if x.scale_at is not None:
-            scale_row = row if x.scale.per == 0 else slot // x.scale.per
+        scale_row = row_of(x, row, slot)
         n0 = block_n * WIDE
         n = n0 + tl.arange(0, WIDE)
         inside = n < PART_COLUMNS

@@ -27,7 +27,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from fusedmoe.kernels.scales import of_rows
+from fusedmoe.kernels.scales import of_rows, row_of
 from fusedmoe.kernels.step import add_scaled
 from fusedmoe.kernels.store import write
 from fusedmoe.kernels.tiles import scheduled_tile
@@ -241,7 +241,7 @@ def _sum_of_groups(
     left = part
     right = part
     row, live, slot = _rows(row0, end, schedule, LAYOUT, ROWS)
-    scale_row = row if x.scale.per == 0 else slot // x.scale.per
+    scale_row = row_of(x, row, slot)
     left_n = n0 + gl.arange(0, WIDE // 2, gl.SliceLayout(0, LAYOUT))
     right_n = left_n if PARTS == 2 else left_n + WIDE // 2
     r = of_rows(x, scale_row, live, row0 * 0, BLOCK_K)
@@ -276,9 +276,7 @@ def _finished(
     """What follows the sum of columns ``n0 ...`` of a part of the weights, up to its activation."""
     LAYOUT: gl.constexpr = acc.type.layout
     row, live, slot = _rows(row0, end, schedule, LAYOUT, acc.shape[0])
-    scale_row = row
-    if x.scale_at is not None:
-        scale_row = row if x.scale.per == 0 else slot // x.scale.per
+    scale_row = row_of(x, row, slot)
     n = n0 + gl.arange(0, acc.shape[1], gl.SliceLayout(0, LAYOUT))
     inside = n < LIMIT
     acc = FINISH(acc, x, w, scale_row, live, expert, n, gl.minimum(n0, LIMIT - 1), inside, PART)

@@ -91,6 +91,17 @@ def of_groups(w, expert, n, n0, inside, k0, PART: tl.constexpr, K: tl.constexpr,
 
 
 @triton.jit
+def row_of(x, row, slot):
+    """The row of scales of each row: codes may have been copied into sorted rows, and their scales not."""
+    if x.scale_at is None:  # noqa: SIM114 - there is no scale to ask then
+        return row
+    elif x.scale.per == 0:
+        return row
+    else:
+        return slot // x.scale.per
+
+
+@triton.jit
 def of_rows(x, row, live, k0, GROUP: tl.constexpr):
     """Scales of the rows in a group of K; none where rows have none, or one for all of K."""
     if x.scale_at == "step":

@@ -19,13 +19,17 @@ def _torch(problem: Problem, target: Target) -> list[str]:
     return []
 
 
+def _against(plan: TritonPlan, problem: Problem, target: Target) -> list[str]:
+    """Every reason against the kernels of a plan."""
+    gemms = {"gate-up": (plan.gate_up, problem.gate_up_gemm), "down": (plan.down, problem.down_gemm)}
+    return [f"{name}: {reason}" for name, (config, gemm) in gemms.items() for reason in why_not(config, gemm, target)]
+
+
 def _gluon_sm90(problem: Problem, target: Target) -> list[str]:
     """The pipeline of Triton with the warp-specialised GEMMs of Hopper."""
     reasons = _triton(problem, target)
     if not reasons:
-        plan = sm90_plan(problem, target)
-        reasons += [f"gate-up: {reason}" for reason in why_not(plan.gate_up, problem.gate_up_gemm, target)]
-        reasons += [f"down: {reason}" for reason in why_not(plan.down, problem.down_gemm, target)]
+        reasons += _against(sm90_plan(problem, target), problem, target)
     return reasons
 
 
@@ -40,9 +44,7 @@ def _triton(problem: Problem, target: Target) -> list[str]:
     if target.vendor == "nvidia" and target.capability < 80 and problem.dtype == "bfloat16":
         reasons.append(f"{target.arch} has no bfloat16 arithmetic (sm_80 and newer have)")
     if not reasons:
-        plan = triton_plan(problem, target)
-        reasons += [f"gate-up: {reason}" for reason in why_not(plan.gate_up, problem.gate_up_gemm, target)]
-        reasons += [f"down: {reason}" for reason in why_not(plan.down, problem.down_gemm, target)]
+        reasons += _against(triton_plan(problem, target), problem, target)
     return reasons
 
 
