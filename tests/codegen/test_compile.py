@@ -30,7 +30,7 @@ if settings().interpret:
 TARGETS = {name: KNOWN[name] for name in codegen.TARGETS}
 #: (tokens, top_k, experts, hidden, intermediate): one for each form that the planner knows
 SHAPES = {
-    "few": (1, 8, 128, 2048, 768),
+    "few": (1, 4, 128, 2048, 768),
     "16 rows": (32, 8, 128, 2048, 768),
     "32 rows": (512, 8, 256, 7168, 256),
     "64 rows": (512, 8, 128, 2048, 768),

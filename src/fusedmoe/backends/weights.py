@@ -69,7 +69,6 @@ def operand(w: torch.Tensor | ExpertMatrix, multiply: str, up: int, wide: int, c
     k = w.shape[2]
     policies: dict[str, Any] = {
         "LOAD_SCALES": scales.none,
-        "AHEAD": False,
         "MATH": TRITON_TYPES[multiply],
         "ACCUMULATE": tl.float32,
         "SHIFT": 0.0,
@@ -82,8 +81,8 @@ def operand(w: torch.Tensor | ExpertMatrix, multiply: str, up: int, wide: int, c
         return Operand(Weight(*cube(w), 0, up), w, policies, k)
     form = w.format
     block_n, block_k = form.block
-    own_groups = block_k != 0 and not (form.inputs is not None and form.inputs.mode == "group")
-    in_weights = own_groups and block_n == 1 and config.block_k > block_k
+    of_rows_too = form.inputs is not None and form.inputs.mode == "group"
+    in_weights = block_k != 0 and not of_rows_too and block_n == 1 and config.block_k > block_k
     in_step = block_k != 0 and not in_weights
     scale = _bytes(w.scale) if form.scale in ("e8m0", "e4m3") else w.scale
     phase = up if w.parts == 1 and block_n else 0
@@ -115,7 +114,6 @@ def operand(w: torch.Tensor | ExpertMatrix, multiply: str, up: int, wide: int, c
     }
     if block_k:
         policies["LOAD_SCALES"] = scales.of_groups if in_weights else scales.of_step
-        policies["AHEAD"] = own_groups
     if w.zero is not None:
         weight = weight._replace(zero=Zeros(*cube(w.zero), up, tl.constexpr(form.per_byte)))
         policies["SHIFT"] = None

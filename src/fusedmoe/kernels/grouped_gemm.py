@@ -21,6 +21,15 @@ from fusedmoe.kernels.scales import of_rows, row_of
 from fusedmoe.kernels.store import write
 
 
+@triton.jit
+def _column(k, GROUP: tl.constexpr, STRIDE: tl.constexpr):
+    """First column of the step at k: groups of GROUP columns take STRIDE each, so that no step crosses one."""
+    k = tl.cast(k, tl.int32)
+    if GROUP != STRIDE:
+        k = k // STRIDE * GROUP + k % STRIDE
+    return k
+
+
 # The ids carry S, which changes from call to call: it must not decide which variant is compiled.
 @triton.jit(do_not_specialize=["ids"])
 def grouped_gemm(
@@ -28,7 +37,7 @@ def grouped_gemm(
     x_desc, w_desc,  # tensor maps, or None
     k_end,  # K (padded by STRIDE) at run time: a constant trip count makes LLVM unroll short loops until they spill
     WAIT: tl.constexpr, RELEASE: tl.constexpr, SPAN: tl.constexpr, LOCATE: tl.constexpr,
-    LOAD_X: tl.constexpr, LOAD_W: tl.constexpr, LOAD_SCALES: tl.constexpr, AHEAD: tl.constexpr,
+    LOAD_X: tl.constexpr, LOAD_W: tl.constexpr, LOAD_SCALES: tl.constexpr,
     STEP: tl.constexpr, DECODE: tl.constexpr, ELEMENT: tl.constexpr, FINISH: tl.constexpr,
     EPILOGUE: tl.constexpr, ACTIVATION: tl.constexpr, GATE_UP: tl.constexpr, STORE: tl.constexpr,
     ARRANGE: tl.constexpr, ENCODE: tl.constexpr, LARGEST: tl.constexpr, OUT_GROUP: tl.constexpr,
@@ -58,38 +67,32 @@ def grouped_gemm(
         acc = tl.zeros((ROWS, BLOCK_M + WIDE - ROWS), ACCUMULATE)
         if GATE_UP == "concatenated":
             acc_up = tl.zeros((ROWS, BLOCK_M + WIDE - ROWS), ACCUMULATE)
-        if AHEAD:  # too small for asynchronous copies, scales are loaded a step before they are needed
-            s, z = LOAD_SCALES(w, expert, n, n0, inside, row0 * 0, 0, K, BLOCK_K)
-            if GATE_UP == "concatenated":
-                s_up, z_up = LOAD_SCALES(w, expert, n, n0, inside, row0 * 0, 1, K, BLOCK_K)
+        # Too small for asynchronous copies, scales are loaded a step before they are needed.
+        r = of_rows(x, scale_row, live, expert * 0, GROUP)
+        s, z = LOAD_SCALES(w, expert, n, n0, inside, expert * 0, 0, K, BLOCK_K)
+        if GATE_UP == "concatenated":
+            s_up, z_up = LOAD_SCALES(w, expert, n, n0, inside, expert * 0, 1, K, BLOCK_K)
         tl.assume(k_end > 0)  # without it ptxas may serialise WGMMA, one wait per K step
         for k in tl.range(0, k_end, BLOCK_K):
-            k0, limit = tl.cast(k, tl.int32), K
+            k0, limit = _column(k, GROUP, STRIDE), K
             if GROUP != STRIDE:
-                limit = tl.minimum(k0 // STRIDE * GROUP + GROUP, K)
-                k0 = k0 // STRIDE * GROUP + k0 % STRIDE
+                limit = tl.minimum(k0 // GROUP * GROUP + GROUP, K)
             a = LOAD_X(x, x_desc, index, live, row0, k0, limit, MASKED, BLOCK_M, BLOCK_K)
             b = LOAD_W(w, w_desc, expert, n0, k0, limit, N, MASKED, WIDE, BLOCK_K, PER_ITEM, RAGGED)
-            r = of_rows(x, scale_row, live, k0, GROUP)
-            if AHEAD:
-                s_next, z_next = LOAD_SCALES(w, expert, n, n0, inside, k0 + BLOCK_K, 0, K, BLOCK_K)
-            else:
-                s, z = LOAD_SCALES(w, expert, n, n0, inside, k0, 0, K, BLOCK_K)
+            ahead = tl.minimum(_column(k + BLOCK_K, GROUP, STRIDE), K - 1)
+            r_next = of_rows(x, scale_row, live, ahead, GROUP)
+            s_next, z_next = LOAD_SCALES(w, expert, n, n0, inside, ahead, 0, K, BLOCK_K)
             acc = STEP(acc, a, b, s, z, r, x, w, DECODE, MATH, ELEMENT, SHIFT, PER_ITEM, SWAP, WIDE, BLOCK_K, PRECISION)
-            if AHEAD:
-                s, z = s_next, z_next
+            s, z = s_next, z_next
             if GATE_UP == "concatenated":
                 b = LOAD_W(w, w_desc, expert, w.up + n0, k0, limit, N, MASKED, WIDE, BLOCK_K, PER_ITEM, RAGGED)
-                if AHEAD:
-                    s_up_next, z_up_next = LOAD_SCALES(w, expert, n, n0, inside, k0 + BLOCK_K, 1, K, BLOCK_K)
-                else:
-                    s_up, z_up = LOAD_SCALES(w, expert, n, n0, inside, k0, 1, K, BLOCK_K)
+                s_up_next, z_up_next = LOAD_SCALES(w, expert, n, n0, inside, ahead, 1, K, BLOCK_K)
                 acc_up = STEP(
                     acc_up, a, b, s_up, z_up, r, x, w, DECODE, MATH, ELEMENT, SHIFT, PER_ITEM, SWAP, WIDE,
                     BLOCK_K, PRECISION,
                 )  # fmt: skip
-                if AHEAD:
-                    s_up, z_up = s_up_next, z_up_next
+                s_up, z_up = s_up_next, z_up_next
+            r = r_next
 
         if SWAP:
             acc = tl.trans(acc)

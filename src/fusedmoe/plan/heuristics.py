@@ -21,7 +21,9 @@ TALL_ROWS = 256
 #: Copying the tokens into sorted rows costs 4 S H bytes, and saves a share of 4 S H I flops: it pays from this I.
 GATHER_INTERMEDIATE = 4096
 #: Means of rows per expert at which :func:`why_portable` changes its mind.
-BREAKS = (12, 24, 64, 128)
+BREAKS = (12, 24, 64, 128, 1024)
+#: From this I on, and from the last of BREAKS, the portable kernels' running sums are at the power limit of an H200.
+WIDE_INTERMEDIATE = 2048
 
 
 def _next_power_of_2(value: float) -> int:
@@ -55,15 +57,17 @@ def why_portable(problem: Problem, target: Target) -> str | None:
     wide layers nothing is left to hide.
     """
     mean = problem.slots / problem.experts
+    saturated = problem.intermediate >= WIDE_INTERMEDIATE and mean >= BREAKS[4]
     gemms = problem.gate_up_gemm, problem.down_gemm
     if any(gemm.grouped for gemm in gemms):
         slower = mean < BREAKS[0] or BREAKS[1] <= mean < BREAKS[2]
     elif all(bytes_of(multiply_in(gemm, target)) == 1 for gemm in gemms):
-        slower = mean < BREAKS[2]
+        integers = all(multiply_in(gemm, target) == "int8" for gemm in gemms)
+        slower = mean < BREAKS[2] or saturated and not integers
     elif problem.intermediate >= GATHER_INTERMEDIATE:
         return f"the portable kernels are faster at I = {problem.intermediate} in 16 bits"
     else:
-        slower = mean < BREAKS[3]
+        slower = mean < BREAKS[3] or saturated
     return f"the portable kernels are faster at {mean:.3g} rows an expert" if slower else None
 
 
@@ -90,10 +94,26 @@ def _specialised(problem: Problem, gemm: Gemm, target: Target, *, gate_up: bool)
     )
 
 
+def _without_schedule(problem: Problem, target: Target) -> bool:
+    """Few slots are found by every program in the ids, rather than sorted by a launch of its own.
+
+    That look is latency before the first load of weights. It is worth a launch while there are few programs, or
+    16 bits a weight to stream behind it.
+    """
+    gemms = problem.gate_up_gemm, problem.down_gemm
+    if all(gemm.format is None for gemm in gemms):
+        limit = FEW if problem.experts <= 16 else FEW // 2
+    elif any(gemm.format and bytes_of(multiply_in(gemm, target)) > 1 for gemm in gemms):
+        limit = FEW // 16
+    else:
+        limit = FEW // 8
+    return problem.slots <= limit
+
+
 def triton_plan(problem: Problem, target: Target) -> TritonPlan:
     """The portable pipeline for a problem that the Triton backend supports."""
     mean = problem.slots / problem.experts
-    few = problem.slots <= FEW
+    few = _without_schedule(problem, target)
     gemms = problem.gate_up_gemm, problem.down_gemm
     # Twice the mean: most experts then fill one tile, and a row costs nothing while weights are streamed.
     block_m = 16 if few else max(16, min(128, _next_power_of_2(2 * mean)))
