@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from fusedmoe._compat import device_guard
+from fusedmoe.backends.launch import launch
 from fusedmoe.backends.workspace import Workspace
 from fusedmoe.kernels import arrange, encode, overlap, quantise
 from fusedmoe.kernels.operands import Ids, Rows, RowScale, Schedule
@@ -34,8 +35,16 @@ def in_order(x: Rows, gemm: Gemm, order: Any, out: torch.Tensor, options: dict[s
     """Rows with their columns in this order, in ``out``, which may be where they lie."""
     block = min(4096, triton.next_power_of_2(gemm.inner))
     with device_guard(out.device):
-        arrange.arrange[(out.shape[0], math.ceil(gemm.inner / block))](
-            x, out, out.stride(0), **options, ARRANGE=order, K=gemm.inner, BLOCK_K=block
+        launch(
+            arrange.arrange,
+            (out.shape[0], math.ceil(gemm.inner / block)),
+            x,
+            out,
+            out.stride(0),
+            **options,
+            ARRANGE=order,
+            K=gemm.inner,
+            BLOCK_K=block,
         )
     return x._replace(ptr=out, stride_row=out.stride(0), stride_k=out.stride(1))
 
@@ -71,7 +80,9 @@ def quantised(
             block_group = triton.next_power_of_2(inputs.group)
             n_groups = scale.shape[1]
             each = min(triton.next_power_of_2(n_groups), max(1, 2048 // block_group))
-            quantise.quantise_groups[(rows, math.ceil(n_groups / each))](
+            launch(
+                quantise.quantise_groups,
+                (rows, math.ceil(n_groups / each)),
                 ids,
                 table,
                 x,
@@ -89,10 +100,12 @@ def quantised(
             return
         block_k = min(4096, triton.next_power_of_2(columns))
         if inputs.mode == "tensor" and not amax_is_there:
-            quantise.zero[(1,)](amax, **options, N=1)
-            quantise.amax[(rows,)](ids, table, x, amax, **after, LIVE=live, K=columns, BLOCK_K=block_k)
+            launch(quantise.zero, (1,), amax, **options, N=1)
+            launch(quantise.amax, (rows,), ids, table, x, amax, **after, LIVE=live, K=columns, BLOCK_K=block_k)
             options = after
-        quantise.quantise_rows[(rows,)](
+        launch(
+            quantise.quantise_rows,
+            (rows,),
             ids,
             table,
             x,

@@ -7,6 +7,7 @@ from typing import Any
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from fusedmoe.backends.launch import launch
 from fusedmoe.backends.product import Product
 from fusedmoe.backends.weights import operand, stacked_rows
 from fusedmoe.kernels import step
@@ -14,7 +15,7 @@ from fusedmoe.kernels.grouped_gemm_sm90 import grouped_gemm_sm90
 from fusedmoe.kernels.operands import Schedule
 
 
-def launch(product: Product, options: dict[str, Any], schedule: Schedule, programs: int) -> None:
+def multiply(product: Product, options: dict[str, Any], schedule: Schedule, programs: int) -> None:
     """One of the two GEMMs, on the current device."""
     config, x = product.config, product.x
     _, n, k = product.w.shape
@@ -28,7 +29,9 @@ def launch(product: Product, options: dict[str, Any], schedule: Schedule, progra
     x_desc = None
     if config.maps == "xw":
         x_desc = TensorDescriptor(x.ptr, [x.ptr.shape[0], k], [x.stride_row, 1], [64, config.block_k], layout)
-    grouped_gemm_sm90[(programs,)](
+    launch(
+        grouped_gemm_sm90,
+        (programs,),
         schedule,
         x,
         matrix.weight._replace(rows_per_expert=per_expert),

@@ -16,6 +16,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fusedmoe._compat import device_guard, teach_interpreter
+from fusedmoe.backends.launch import launch
 from fusedmoe.backends.product import Product
 from fusedmoe.backends.rows import flat, in_order, order_of, quantised, with_scale
 from fusedmoe.backends.weights import operand, weight_map
@@ -186,7 +187,9 @@ def route(call: Call, plan: Plan, work: Workspace) -> _Schedule:
     first, after = _overlap(plan)
     with device_guard(call.hidden_states.device):
         if problem.slots <= ONE_CHUNK:
-            routing.route_one_chunk[(1,)](
+            launch(
+                routing.route_one_chunk,
+                (1,),
                 ids,
                 schedule,
                 **first,
@@ -202,8 +205,10 @@ def route(call: Call, plan: Plan, work: Workspace) -> _Schedule:
             chunk = _chunk(problem.slots)
             n_chunks = math.ceil(problem.slots / chunk)
             block_c = max(1, TABLE // e_pad)
-            routing.count[(n_chunks,)](ids, base, **first, E=n_experts, E_PAD=e_pad, CHUNK=chunk)
-            routing.offsets[(1,)](
+            launch(routing.count, (n_chunks,), ids, base, **first, E=n_experts, E_PAD=e_pad, CHUNK=chunk)
+            launch(
+                routing.offsets,
+                (1,),
                 ids,
                 schedule,
                 base,
@@ -216,7 +221,9 @@ def route(call: Call, plan: Plan, work: Workspace) -> _Schedule:
                 num_warps=8,
             )
             programs = max(n_chunks, math.ceil(max_tiles / tiles_each))
-            routing.scatter[(programs,)](
+            launch(
+                routing.scatter,
+                (programs,),
                 ids,
                 schedule,
                 base,
@@ -254,7 +261,7 @@ def gate_up(call: Call, plan: Plan, schedule: _Schedule, work: Workspace) -> Row
     out, stored = _hidden(how, requantised, call, work)
     if requantised is not None and requantised.mode == "tensor":
         with device_guard(call.hidden_states.device):
-            quantise.zero[(1,)](work["hidden_amax"], **after, N=1)
+            launch(quantise.zero, (1,), work["hidden_amax"], **after, N=1)
         options = after
     product = Product(
         problem.gate_up_gemm,
@@ -401,8 +408,18 @@ def combine(
     options = _overlap(plan)[1]
     del options["RELEASE"]  # what follows the layer is the stream's to order
     with device_guard(out.device):
-        combine_kernel[(n_tokens, math.ceil(n_columns / block))](
-            schedule.ids, rows, rows.stride(0), out, out.stride(0), out.stride(1), **options, H=n_columns, BLOCK_H=block
+        launch(
+            combine_kernel,
+            (n_tokens, math.ceil(n_columns / block)),
+            schedule.ids,
+            rows,
+            rows.stride(0),
+            out,
+            out.stride(0),
+            out.stride(1),
+            **options,
+            H=n_columns,
+            BLOCK_H=block,
         )
 
 
@@ -412,7 +429,9 @@ def _gather(plan: Plan, schedule: _Schedule, x: Rows, out: torch.Tensor) -> Rows
     n_columns = tokens.shape[1]
     block = min(4096, triton.next_power_of_2(n_columns))
     with device_guard(out.device):
-        gather_kernel[(out.shape[0], math.ceil(n_columns / block))](
+        launch(
+            gather_kernel,
+            (out.shape[0], math.ceil(n_columns / block)),
             schedule.ids,
             schedule.schedule,
             tokens,
@@ -455,7 +474,7 @@ def _launch(call: Call, product: Product, options: dict[str, Any], schedule: _Sc
         from fusedmoe.backends import sm90
 
         assert schedule.schedule is not None, "a plan with these kernels has a schedule"
-        sm90.launch(product, options, schedule.schedule, programs)
+        sm90.multiply(product, options, schedule.schedule, programs)
 
 
 def _launch_portable(call: Call, product: Product, options: dict[str, Any], schedule: _Schedule, programs: int) -> None:
@@ -472,7 +491,9 @@ def _launch_portable(call: Call, product: Product, options: dict[str, Any], sche
         x_desc = TensorDescriptor(x.ptr, [x.ptr.shape[0], k], [x.stride_row, 1], [config.block_m, config.block_k])
         load_x = load.rows_by_map
     few = schedule.schedule is None
-    grouped_gemm[(programs,)](
+    launch(
+        grouped_gemm,
+        (programs,),
         schedule.ids,
         schedule.schedule,
         x,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ from fusedmoe import __version__, functional
 from fusedmoe.bench.peers import PEERS, NotHereError
 from fusedmoe.bench.routing import draw_routing
 from fusedmoe.bench.shapes import Shape, format_for
-from fusedmoe.bench.timing import time_captured, time_us
+from fusedmoe.bench.timing import host_us, time_captured, time_us
 from fusedmoe.checks import check
 from fusedmoe.errors import UnsupportedError
 from fusedmoe.expert_matrix import ExpertMatrix
@@ -26,6 +26,9 @@ from fusedmoe.target import Target, target_of
 from fusedmoe.testing.cases import random_matrix
 from fusedmoe.testing.verify import Verdict, verify
 
+#: Above so many tokens a GPU works longer than its host, whose time then does not matter.
+HOST_TOKENS = 512
+
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
@@ -37,6 +40,7 @@ class Row:
         backend: which of ours, or the name of a peer.
         library: whose layer it is, with its version.
         graph: a CUDA graph was replayed; False: launched anew each time; None where there is none to replay.
+        host_us: until a call outside of a graph returns to the host, up to :data:`HOST_TOKENS` tokens on a GPU.
         floor_us: see :mod:`fusedmoe.plan.floor`.
         times_floor: us / floor_us.
         distinct: distinct experts among the ids: their weights have to be read.
@@ -59,6 +63,7 @@ class Row:
     us: float | None
     tflops: float | None
     graph: bool | None
+    host_us: float | None
     floor_us: float
     times_floor: float | None
     distinct: int
@@ -98,6 +103,7 @@ class _Case(NamedTuple):
         *,
         verdict: Verdict | None = None,
         timed: tuple[float, bool | None] | None = None,
+        host: float | None = None,
         config: str = "",
         reason: str | None = None,
     ) -> Row:
@@ -118,6 +124,7 @@ class _Case(NamedTuple):
             us=us,
             tflops=None if us is None else problem.flops / us / 1e6,
             graph=graph,
+            host_us=host,
             floor_us=floor_us,
             times_floor=None if us is None else us / floor_us,
             distinct=distinct,
@@ -220,14 +227,20 @@ def _measure(case: _Case, backend: str | None, *, alone: bool) -> Row:
 
     out.fill_(float("nan"))
     workspace.fill_(255)
-    verdict, timed = verify(call(), arguments, {}), None
+    verdict, timed, host = verify(call(), arguments, {}), None, None
     if verdict.ok:
         graph = plan.backend != "torch"
         timed = (
             time_us(call, out.device, graph=graph),
             graph if out.device.type == "cuda" else None,
         )
-    return case.row(plan.backend, library, verdict=verdict, timed=timed, config=describe(plan))
+        host = _host_us(case, lambda: functional.fused_experts(*arguments, backend=backend))
+    return case.row(plan.backend, library, verdict=verdict, timed=timed, host=host, config=describe(plan))
+
+
+def _host_us(case: _Case, call: Callable[[], object]) -> float | None:
+    device = case.arguments[0].device
+    return host_us(call, device) if device.type == "cuda" and case.problem.tokens <= HOST_TOKENS else None
 
 
 def _measure_peer(case: _Case, name: str) -> Row:
@@ -242,9 +255,10 @@ def _measure_peer(case: _Case, name: str) -> Row:
             reason = f"wrong: error {verdict.error:.1e} > {verdict.tolerance:.1e}"
             return case.row(name, peer.version, verdict=verdict, reason=reason)
         timed = time_captured(call, case.arguments[0].device)
+        host = _host_us(case, call)
     except NotHereError as cause:
         return case.row(name, peer.version, reason=str(cause))
     except Exception as cause:  # noqa: BLE001 - how another library fails is its result, and others may work
         said = (str(cause).splitlines() or [""])[0]
         return case.row(name, peer.version, verdict=verdict, reason=f"{type(cause).__name__}: {said}")
-    return case.row(name, peer.version, verdict=verdict, timed=timed)
+    return case.row(name, peer.version, verdict=verdict, timed=timed, host=host)

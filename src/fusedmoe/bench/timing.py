@@ -45,6 +45,20 @@ def time_us(call: Callable[[], object], device: torch.device, *, graph: bool = T
     return statistics.median(once() for _ in range(_repeats(once())))
 
 
+def host_us(call: Callable[[], object], device: torch.device) -> float:
+    """Median time in microseconds until a call returns to an idle device: until its last launch is queued."""
+
+    def once() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        call()
+        return (time.perf_counter() - start) * 1e6
+
+    once()
+    return statistics.median(once() for _ in range(_repeats(once())))
+
+
 def time_captured(call: Callable[[], object], device: torch.device) -> tuple[float, bool | None]:
     """Median time of a call in microseconds, and whether a CUDA graph was replayed; None where there is no CUDA."""
     if device.type != "cuda":

@@ -143,6 +143,8 @@ def rows(found: Sequence[Row], peers: Sequence[Peer]) -> None:
     table = Table(box=None, padding=(0, 2, 0, 0))
     skewed = any(row.routing != "uniform" for row in found)
     heads = ["shape", "format", *(["routing"] if skewed else []), "T", "µs", "TFLOP/s", "floor µs", "x floor", "error"]
+    hosted = any(row.host_us is not None for row in found)
+    heads += ["host µs"] if hosted else []
     heads += ["peer", "peer µs", "times faster"] if peers else []
     for head in [*heads, "backend"]:
         left = head in ("shape", "format", "routing", "peer", "backend")
@@ -151,6 +153,8 @@ def rows(found: Sequence[Row], peers: Sequence[Peer]) -> None:
     for row in found:
         facts = [row.shape, row.format or row.dtype, *([row.routing] if skewed else []), str(row.tokens)]
         figures = _figures(row)
+        if hosted:
+            figures.append("" if row.host_us is None else f"{row.host_us:.0f}")
         if peers:
             name, *numbers = beside(row, peers).values()
             figures += [name or "", *("" if value is None else f"{value:.2f}" for value in numbers)]

@@ -21,8 +21,8 @@ TALL_ROWS = 256
 #: Copying the tokens into sorted rows costs 4 S H bytes, and saves a share of 4 S H I flops: it pays from this I.
 GATHER_INTERMEDIATE = 4096
 #: Means of rows per expert at which :func:`why_portable` changes its mind.
-BREAKS = (12, 24, 64, 128, 1024)
-#: From this I on, and from the last of BREAKS, the portable kernels' running sums are at the power limit of an H200.
+BREAKS = (12, 24, 64, 128, 512, 1024)
+#: From this I on, and from the last two of BREAKS in 16 and 8 bits, nothing is left to hide from long running sums.
 WIDE_INTERMEDIATE = 2048
 
 
@@ -57,17 +57,17 @@ def why_portable(problem: Problem, target: Target) -> str | None:
     wide layers nothing is left to hide.
     """
     mean = problem.slots / problem.experts
-    saturated = problem.intermediate >= WIDE_INTERMEDIATE and mean >= BREAKS[4]
+    long = problem.intermediate >= WIDE_INTERMEDIATE
     gemms = problem.gate_up_gemm, problem.down_gemm
     if any(gemm.grouped for gemm in gemms):
         slower = mean < BREAKS[0] or BREAKS[1] <= mean < BREAKS[2]
     elif all(bytes_of(multiply_in(gemm, target)) == 1 for gemm in gemms):
         integers = all(multiply_in(gemm, target) == "int8" for gemm in gemms)
-        slower = mean < BREAKS[2] or saturated and not integers
+        slower = mean < BREAKS[2] or long and mean >= BREAKS[5] and not integers
     elif problem.intermediate >= GATHER_INTERMEDIATE:
         return f"the portable kernels are faster at I = {problem.intermediate} in 16 bits"
     else:
-        slower = mean < BREAKS[3] or saturated
+        slower = mean < BREAKS[3] or long and mean >= BREAKS[4]
     return f"the portable kernels are faster at {mean:.3g} rows an expert" if slower else None
 
 

@@ -1,0 +1,180 @@
+"""Launches of kernels, and how those of a call are launched again.
+
+To launch a kernel, the host finds out which variant the arguments need and passes them on one by one: 30 to 60 us
+each. But which variants, with which grids and numbers, depends only on the shapes, strides, types and alignments of a
+call, never on what its tensors hold. So the launches of a call are kept (:class:`Tape`), and a call that is like it in
+all of these is made of the same ones with other addresses, which costs a few microseconds each.
+
+What a tape cannot know, it refuses: it is spoilt, and calls like it go the long way, when a kernel takes a tensor map
+(which holds an address of its own), when an operator of torch other than a view takes part, when a kernel reads from a
+tensor that is not the call's, or lies in two of them, or when there is no compiled kernel, as in the interpreter.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from fusedmoe._compat import device_guard
+
+#: Tapes that a thread keeps; the least recently used goes first.
+KEPT = 256
+
+
+class _Local(threading.local):
+    """Tapes of a thread. Of one alone, because a replay writes the addresses into the arguments of its launches."""
+
+    def __init__(self) -> None:
+        self.tapes: OrderedDict[Any, Tape] = OrderedDict()
+        self.recording: Tape | None = None
+
+
+_LOCAL = _Local()
+
+
+class _Address:
+    """Stands in a launch for a tensor."""
+
+    __slots__ = ("offset", "source", "value")
+
+    def __init__(self, source: int, offset: int) -> None:
+        self.source, self.offset, self.value = source, offset, 0
+
+    def data_ptr(self) -> int:
+        return self.value
+
+
+class _UnknownError(Exception):
+    """An argument that a tape cannot hold."""
+
+
+class Tape:
+    """The launches of a call.
+
+    Attributes:
+        whole: every launch of the call is here: it can be replayed.
+        n_bytes: of the workspace that they expect.
+    """
+
+    def __init__(self) -> None:
+        self.whole = False
+        self.spoilt = False
+        self.n_bytes = 0
+        self._launches: list[tuple[Any, tuple[Any, ...]]] = []
+        self._addresses: dict[tuple[int, int], _Address] = {}
+        self._spans: list[tuple[int, int]] = []
+
+    def replay(self, sources: Sequence[torch.Tensor]) -> None:
+        """Launch again, on tensors like those of the record, in the same order."""
+        pointers = [source.data_ptr() for source in sources]
+        for address in self._addresses.values():
+            address.value = pointers[address.source] + address.offset
+        with device_guard(sources[0].device):
+            for run, arguments in self._launches:
+                run(*arguments)
+
+    @contextmanager
+    def record(self, sources: Sequence[torch.Tensor], n_bytes: int) -> Iterator[None]:
+        """Keep what is launched within. Every tensor that a kernel gets must lie in one of ``sources``."""
+        if self.spoilt or _LOCAL.recording is not None:
+            yield
+            return
+        self.n_bytes, self._launches, self._addresses = n_bytes, [], {}
+        self._spans = [_span(source) for source in sources]
+        _LOCAL.recording = self
+        try:
+            with _Watch(self):
+                yield
+            self.whole = not self.spoilt
+        finally:
+            _LOCAL.recording = None
+            if self.spoilt:
+                self._launches, self._addresses = [], {}
+
+    def add(
+        self, kernel: Any, compiled: Any, grid: tuple[int, ...], args: Sequence[Any], named: dict[str, Any]
+    ) -> None:
+        """Keep one launch."""
+        if compiled is None:
+            self.spoilt = True
+            return
+        bound = dict(zip(kernel.arg_names, args, strict=False)) | named
+        try:
+            arguments = tuple(self._without_tensors(bound[name]) for name in kernel.arg_names)
+        except _UnknownError:
+            self.spoilt = True
+            return
+        self._launches.append((compiled[(*grid, 1, 1)[:3]], arguments))
+
+    def _without_tensors(self, value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return self._address_of(value)
+        if isinstance(value, TensorDescriptor):
+            raise _UnknownError
+        if isinstance(value, tuple):
+            parts = [self._without_tensors(part) for part in value]
+            return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+        return value
+
+    def _address_of(self, tensor: torch.Tensor) -> Any:
+        if tensor.numel() == 0:
+            return 0
+        first, last = _span(tensor)
+        holders = [i for i, (start, end) in enumerate(self._spans) if start < last and first < end]
+        if len(holders) != 1 or first < self._spans[holders[0]][0] or last > self._spans[holders[0]][1]:
+            raise _UnknownError
+        key = holders[0], first - self._spans[holders[0]][0]
+        return self._addresses.setdefault(key, _Address(*key))
+
+
+class _Watch(TorchDispatchMode):
+    """Spoil the tape when an operator does something."""
+
+    def __init__(self, tape: Tape) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._tape = tape
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        views = [result.alias_info is not None and not result.alias_info.is_write for result in func._schema.returns]
+        self._tape.spoilt |= not (views and all(views))
+        return func(*args, **(kwargs or {}))
+
+
+def _span(tensor: torch.Tensor) -> tuple[int, int]:
+    """First byte of a tensor, and the one behind its last; of an empty one, none."""
+    start = tensor.data_ptr()
+    if tensor.numel() == 0:
+        return start, start
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return start, start + (last + 1) * tensor.element_size()
+
+
+def tape_for(key: object, sources: Sequence[torch.Tensor]) -> Tape:
+    """The tape of calls like this: the same ``key``, and sources alike in all that decides a launch but the address.
+
+    It is new, and not whole, when there was none.
+    """
+    alike = tuple((t.shape, t.stride(), t.dtype, t.device, t.data_ptr() & 15) for t in sources)
+    tapes = _LOCAL.tapes
+    tape = tapes.get((key, alike))
+    if tape is None:
+        tape = tapes[(key, alike)] = Tape()
+        if len(tapes) > KEPT:
+            tapes.popitem(last=False)
+    else:
+        tapes.move_to_end((key, alike))
+    return tape
+
+
+def launch(kernel: Any, grid: tuple[int, ...], /, *args: Any, **options: Any) -> None:
+    """Launch a kernel on the current device and stream, as ``kernel[grid](*args, **options)`` does."""
+    compiled = kernel[grid](*args, **options)
+    if _LOCAL.recording is not None:
+        _LOCAL.recording.add(kernel, compiled, grid, args, options)
