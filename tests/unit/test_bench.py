@@ -192,3 +192,13 @@ def test_figures_of_peers_that_cannot_be_read(tmp_path):
             read_peer(path)
     with pytest.raises(OptionError, match="FileNotFoundError"):
         read_peer(tmp_path / "none.json")
+
+
+def test_the_layer_of_another_model():
+    shape = shape_of("4,2,64,48")
+    how = {"dtype": torch.float32, "device": torch.device("cpu"), "ceilings": CEILINGS, "bias": True}
+    (row,) = bench(shape, [3], activation="swigluoai", gate_up_layout="interleaved", **how)
+    assert row.ok and (row.activation, row.gate_up_layout, row.bias) == ("swigluoai", "interleaved", True)
+    row, peer = bench(shape, [3], activation="relu2_no_mul", peers=["torch._grouped_mm"], **how)
+    assert row.ok and row.gate_up_layout is None
+    assert peer.us is None and "silu without biases" in peer.reason

@@ -12,7 +12,7 @@ from torch import Tensor
 from fusedmoe import __version__, functional
 from fusedmoe.bench.peers import PEERS, NotHereError
 from fusedmoe.bench.routing import draw_routing
-from fusedmoe.bench.shapes import Shape, format_for
+from fusedmoe.bench.shapes import ACTIVATION, Shape, format_for
 from fusedmoe.bench.timing import host_us, time_captured, time_us
 from fusedmoe.checks import check
 from fusedmoe.errors import UnsupportedError
@@ -21,6 +21,8 @@ from fusedmoe.plan.config import KernelConfig, Plan
 from fusedmoe.plan.floor import Ceilings, floor_of, types_of
 from fusedmoe.plan.planner import choose, support
 from fusedmoe.settings import settings
+from fusedmoe.spec.activation import Activation
+from fusedmoe.spec.layout import GateUpLayout
 from fusedmoe.spec.problem import Problem
 from fusedmoe.target import Target, target_of
 from fusedmoe.testing.cases import random_matrix
@@ -36,6 +38,7 @@ class Row:
 
     Attributes:
         scheme, format: of both expert matrices; None when they are of type ``dtype``.
+        activation, gate_up_layout, bias: of the layer.
         routing: by which law the experts were drawn.
         backend: which of ours, or the name of a peer.
         library: whose layer it is, with its version.
@@ -57,6 +60,9 @@ class Row:
     dtype: str
     scheme: str | None
     format: str | None
+    activation: str
+    gate_up_layout: str | None
+    bias: bool
     routing: str
     backend: str
     library: str
@@ -92,6 +98,7 @@ class _Case(NamedTuple):
     shape: Shape
     routing: str
     arguments: tuple[Any, ...]
+    options: dict[str, Any]
     problem: Problem
     target: Target
     ceilings: Ceilings
@@ -118,6 +125,9 @@ class _Case(NamedTuple):
             dtype=problem.dtype,
             scheme=None if problem.w13_format is None else problem.w13_format.scheme,
             format=None if problem.w13_format is None else str(problem.w13_format),
+            activation=problem.activation.name,
+            gate_up_layout=problem.gate_up if problem.activation.gated else None,
+            bias="w13_bias" in self.options,
             routing=self.routing,
             backend=backend,
             library=library,
@@ -163,20 +173,25 @@ def bench(
     device: torch.device,
     ceilings: Ceilings,
     scheme: str = "none",
+    activation: str = ACTIVATION,
+    gate_up_layout: GateUpLayout = "concatenated",
+    bias: bool = False,
     backends: Sequence[str | None] = (None,),
     routings: Sequence[str] = ("uniform",),
     peers: Sequence[str] = (),
 ) -> Iterator[Row]:
-    """Verify and time the layer of one shape with the default activation: every routing, number of tokens and backend.
+    """Verify and time the layer of one shape: every routing, number of tokens and backend.
 
     Args:
         shape, tokens, dtype, scheme: the layer and its calls.
+        activation, gate_up_layout, bias: as :func:`fusedmoe.fused_experts` has them.
         device: where.
         ceilings: of the device, for the floor.
         backends: of ours, in this order; None: as the process is set. One that does not take a call gives a row that
             says why, unless it is the only one.
         routings: laws by which experts are drawn, of :data:`fusedmoe.bench.routing.ROUTINGS`.
         peers: other libraries, of :data:`fusedmoe.bench.peers.PEERS`; one that cannot be run gives a row that says why.
+            They are given no layer but the plainest.
 
     Raises:
         UnsupportedError, OptionError: the only backend does not take the call, or one does not exist.
@@ -190,15 +205,22 @@ def bench(
     form = format_for(scheme, shape)
     w13: Tensor | ExpertMatrix
     w2: Tensor | ExpertMatrix
+    parts = 2 if Activation.of(activation).gated else 1
     if form is None:
-        w13, w2 = draw(e, 2 * i, h, fan_in=h), draw(e, h, i, fan_in=i)
+        w13, w2 = draw(e, parts * i, h, fan_in=h), draw(e, h, i, fan_in=i)
     else:
-        w13 = random_matrix(form, (e, 2 * i, h), generator, parts=2)
+        w13 = random_matrix(form, (e, parts * i, h), generator, parts=parts if gate_up_layout == "concatenated" else 1)
         w2 = random_matrix(form, (e, h, i), generator)
+    options: dict[str, Any] = {"activation": activation}
+    if parts == 2:
+        options["gate_up_layout"] = gate_up_layout
+    if bias:
+        options |= {"w13_bias": draw(e, parts * i), "w2_bias": draw(e, h)}
     for routing, n_tokens in ((routing, n) for routing in routings for n in tokens):
         topk_weights, topk_ids = draw_routing(routing, n_tokens, e, shape.top_k, generator)
         arguments = (draw(n_tokens, h), w13, w2, topk_weights, topk_ids)
-        case = _Case(shape, routing, arguments, check(*arguments).problem, target_of(device), ceilings)
+        problem = check(*arguments, **options).problem
+        case = _Case(shape, routing, arguments, options, problem, target_of(device), ceilings)
         for backend in backends:
             yield _measure(case, backend, alone=len(backends) == 1)
         for peer in peers:
@@ -207,7 +229,7 @@ def bench(
 
 def _measure(case: _Case, backend: str | None, *, alone: bool) -> Row:
     """One of our backends."""
-    arguments, library = case.arguments, f"fusedmoe {__version__}"
+    arguments, options, library = case.arguments, case.options, f"fusedmoe {__version__}"
     try:
         plan = choose(case.problem, case.target, backend)
     except UnsupportedError as cause:
@@ -216,25 +238,25 @@ def _measure(case: _Case, backend: str | None, *, alone: bool) -> Row:
         name = settings().backend if backend is None else backend
         reasons = support(case.problem, case.target).get(name) or (str(cause),)
         return case.row(name, library, reason="; ".join(reasons))
-    n_bytes = functional.workspace_bytes(*arguments, backend=backend)
+    n_bytes = functional.workspace_bytes(*arguments, backend=backend, **options)
     out, workspace = (
         torch.empty_like(arguments[0]),
         torch.empty(n_bytes, dtype=torch.uint8, device=arguments[0].device),
     )
 
     def call() -> Tensor:
-        return functional.fused_experts(*arguments, backend=backend, out=out, workspace=workspace)
+        return functional.fused_experts(*arguments, backend=backend, out=out, workspace=workspace, **options)
 
     out.fill_(float("nan"))
     workspace.fill_(255)
-    verdict, timed, host = verify(call(), arguments, {}), None, None
+    verdict, timed, host = verify(call(), arguments, options), None, None
     if verdict.ok:
         graph = plan.backend != "torch"
         timed = (
             time_us(call, out.device, graph=graph),
             graph if out.device.type == "cuda" else None,
         )
-        host = _host_us(case, lambda: functional.fused_experts(*arguments, backend=backend))
+        host = _host_us(case, lambda: functional.fused_experts(*arguments, backend=backend, **options))
     return case.row(plan.backend, library, verdict=verdict, timed=timed, host=host, config=describe(plan))
 
 
@@ -248,6 +270,8 @@ def _measure_peer(case: _Case, name: str) -> Row:
     peer, verdict = PEERS[name], None
     if case.problem.w13_format is not None:
         return case.row(name, peer.version, reason="it is compared on experts that are not quantised")
+    if (*case.options.values(),) not in ((ACTIVATION,), (ACTIVATION, "concatenated")):
+        return case.row(name, peer.version, reason=f"it is compared on {ACTIVATION} without biases")
     try:
         call = peer.prepare(*case.arguments)
         verdict = verify(call(), case.arguments, {})

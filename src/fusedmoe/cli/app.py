@@ -230,6 +230,9 @@ def bench(
     scheme: Annotated[
         list[str] | None, typer.Option(help="Quantisation scheme of the experts, or none; repeatable; none.")
     ] = None,
+    activation: Annotated[str, typer.Option(help="Activation of the layer.")] = "silu",
+    interleaved: Annotated[bool, typer.Option("--interleaved", help="Gate and up rows alternate.")] = False,
+    bias: Annotated[bool, typer.Option("--bias", help="Both matrices have biases.")] = False,
     device: Device = None,
     backend: Annotated[
         list[str] | None,
@@ -270,6 +273,9 @@ def bench(
     figures = [benchmark.read_peer(path) for path in beside or ()]
     how: dict[str, Any] = {
         "dtype": kind,
+        "activation": activation,
+        "gate_up_layout": "interleaved" if interleaved else "concatenated",
+        "bias": bias,
         "device": where,
         "backends": backend or [None],
         "routings": [benchmark.routing_of(name) for name in routing or ["uniform"]],
