@@ -12,6 +12,7 @@ import torch
 from fusedmoe.backends.workspace import Workspace
 from fusedmoe.call import Call
 from fusedmoe.plan.config import Plan
+from fusedmoe.spec.format import Inputs
 from fusedmoe.spec.problem import Problem
 
 
@@ -32,3 +33,22 @@ class Backend(Protocol):
 
     def combine(self, call: Call, plan: Plan, schedule: Any, rows: Any, work: Workspace, out: torch.Tensor) -> None:
         """Sum the rows of a token in slot order, in float32, into ``out`` [T, H]; absent experts add +0."""
+
+
+class Transit(Protocol):
+    """Rows before they travel, and after."""
+
+    def encode(self, x: torch.Tensor, inputs: Inputs, static: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Codes [T, H] and float32 scales [T, groups] of rows, as the layer itself would make them.
+
+        Modes "token", "group" and "static".
+        """
+
+    def reduce(
+        self, rows: torch.Tensor, index: torch.Tensor, weights: torch.Tensor | None, out: torch.Tensor
+    ) -> torch.Tensor:
+        """``out[t] = sum_j weights[t, j] * rows[index[t, j]]``, in the order of j, in float32, rounded once.
+
+        rows [R, H], index [T, n] integers, out [T, H]. Where an index is outside [0, R) nothing is added or read.
+        Weights None are 1.
+        """

@@ -34,7 +34,7 @@ from fusedmoe.kernels import (
     store,
     tiles,
 )
-from fusedmoe.kernels.combine import combine as combine_kernel
+from fusedmoe.kernels.combine import by_slot, combine as combine_kernel
 from fusedmoe.kernels.gather import gather as gather_kernel
 from fusedmoe.kernels.grouped_gemm import grouped_gemm
 from fusedmoe.kernels.operands import (
@@ -402,7 +402,11 @@ def combine(
     del options["RELEASE"]  # what follows the layer is the stream's to order
     with device_guard(out.device):
         combine_kernel[(n_tokens, math.ceil(n_columns / block))](
-            schedule.ids, rows, rows.stride(0), out, out.stride(0), out.stride(1), **options, H=n_columns, BLOCK_H=block
+            *(schedule.ids, rows, rows.stride(0), None, 0, 0, out, out.stride(0), out.stride(1)),
+            **options,
+            ROW=by_slot,
+            H=n_columns,
+            BLOCK_H=block,
         )
 
 

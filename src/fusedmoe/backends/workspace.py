@@ -68,6 +68,10 @@ class Workspace:
             self._tensors[name] = buffer[start : start + length].view(dtype).view(shape)
             start += _padded_bytes(shape, dtype)
 
+    def update(self, **tensors: torch.Tensor) -> None:
+        """Tensors that lie elsewhere, by name."""
+        self._tensors.update(tensors)
+
     def __getitem__(self, name: str) -> torch.Tensor:
         return self._tensors[name]
 
