@@ -5,7 +5,7 @@ The types of ``schedule``, ``hidden`` and ``rows`` are the backend's own busines
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -35,6 +35,14 @@ class Backend(Protocol):
         """Sum the rows of a token in slot order, in float32, into ``out`` [T, H]; absent experts add +0."""
 
 
+class Sends(NamedTuple):
+    """Tokens on their way to ranks. Rows are in the order of ranks, then of tokens; a token goes to a rank once."""
+
+    counts: torch.Tensor  #  [ranks] int64: rows for each rank
+    token: torch.Tensor  #   [rows] int64: token of a row; something in range where there is no row
+    answer: torch.Tensor  #  [T, top_k]: row with the answer of a rank, at the first slot for that rank; else -1
+
+
 class Transit(Protocol):
     """Rows before they travel, and after."""
 
@@ -51,4 +59,11 @@ class Transit(Protocol):
 
         rows [R, H], index [T, n] integers, out [T, H]. Where an index is outside [0, R) nothing is added or read.
         Weights None are 1.
+        """
+
+    def sends(self, places: torch.Tensor, ranks: int, each: int, capacity: int | None) -> Sends:
+        """Which tokens go to which rank.
+
+        places [T, top_k] int32: place of a slot's expert, rank * each + place on it, or negative. Rows for a rank
+        follow those for the one before; with a capacity they start at rank * capacity.
         """

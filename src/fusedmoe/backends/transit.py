@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fusedmoe.backends.base import Sends
 from fusedmoe.numerics import quantise_inputs, wide
 from fusedmoe.spec.format import ELEMENTS, Inputs
 
@@ -36,3 +37,26 @@ def reduce(rows: Tensor, index: Tensor, weights: Tensor | None, out: Tensor) -> 
             total += y.masked_fill(absent[:, j : j + 1], 0.0)
         out[start : start + step] = total
     return out
+
+
+def sends(places: Tensor, ranks: int, each: int, capacity: int | None) -> Sends:
+    """Which tokens go to which rank, once each, and where the answers of each token will be."""
+    n_tokens, top_k = places.shape
+    device = places.device
+    rank = torch.where(places >= 0, places // each, ranks).long()
+    goes = torch.zeros(n_tokens, ranks + 1, dtype=torch.int64, device=device).scatter_(1, rank, 1)
+    goes[:, ranks] = 0
+    ends = goes.cumsum(0)
+    counts = goes.sum(0)[:ranks]
+    if capacity is None:
+        size, base = n_tokens * min(ranks, top_k), counts.cumsum(0) - counts
+    else:
+        size, base = ranks * capacity, torch.arange(ranks, device=device) * capacity
+    row = ends - goes + torch.nn.functional.pad(base, (0, 1))
+    row = torch.where(goes > 0, row, size)
+    numbers = torch.arange(n_tokens, device=device)[:, None].expand(-1, ranks + 1)
+    token = torch.zeros(size + 1, dtype=torch.int64, device=device)
+    token.scatter_(0, row.reshape(-1), numbers.reshape(-1))
+    again = (rank[:, :, None] == rank[:, None, :]).tril(-1).any(2)
+    answer = torch.where((rank < ranks) & ~again, row.gather(1, rank), -1)
+    return Sends(counts, token[:size], answer)

@@ -12,12 +12,15 @@ from torch import Tensor
 
 from fusedmoe._compat import device_guard, teach_interpreter
 from fusedmoe.backends.rows import flat, quantised
+from fusedmoe.backends.transit import sends
 from fusedmoe.backends.workspace import Workspace
 from fusedmoe.kernels import arrange, overlap, quantise
 from fusedmoe.kernels.combine import by_id, combine
 from fusedmoe.kernels.operands import Ids, Rows
 from fusedmoe.settings import settings
 from fusedmoe.spec.format import ELEMENTS, Inputs
+
+__all__ = ["encode", "reduce", "sends"]
 
 if settings().interpret:
     teach_interpreter()
