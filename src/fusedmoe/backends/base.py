@@ -35,12 +35,31 @@ class Backend(Protocol):
         """Sum the rows of a token in slot order, in float32, into ``out`` [T, H]; absent experts add +0."""
 
 
+class Places(NamedTuple):
+    """Where experts are: place p of rank r is number r * each + p. The last row is that of an absent expert."""
+
+    of: torch.Tensor  #      [E + 1, copies] int32, -1 where there is none
+    copies: torch.Tensor  #  [E + 1] int32: how many of them are true
+    ranks: int
+    each: int
+
+
 class Sends(NamedTuple):
     """Tokens on their way to ranks. Rows are in the order of ranks, then of tokens; a token goes to a rank once."""
 
+    places: torch.Tensor  #  [T, top_k] int32: of each slot; -1 where the expert is absent
     counts: torch.Tensor  #  [ranks] int64: rows for each rank
     token: torch.Tensor  #   [rows] int64: token of a row; something in range where there is no row
     answer: torch.Tensor  #  [T, top_k]: row with the answer of a rank, at the first slot for that rank; else -1
+
+
+class Rows(NamedTuple):
+    """Parts of messages."""
+
+    hidden_states: torch.Tensor  #   [R, H], of the type that travels
+    scale: torch.Tensor | None  #    [R, groups] float32
+    places: torch.Tensor  #          [R, top_k] int32
+    weights: torch.Tensor  #         [R, top_k] float32
 
 
 class Transit(Protocol):
@@ -61,9 +80,21 @@ class Transit(Protocol):
         Weights None are 1.
         """
 
-    def sends(self, places: torch.Tensor, ranks: int, each: int, capacity: int | None) -> Sends:
-        """Which tokens go to which rank.
+    def sends(self, topk_ids: torch.Tensor, places: Places, rank: int, capacity: int | None) -> Sends:
+        """Which tokens [T, top_k] of this rank go to which rank.
 
-        places [T, top_k] int32: place of a slot's expert, rank * each + place on it, or negative. Rows for a rank
+        Of several copies of an expert a slot takes the one that a hash of its token's number says: the same in every
+        run, and as many slots for each copy as chance would give, whatever tokens an expert gets. Rows for a rank
         follow those for the one before; with a capacity they start at rank * capacity.
         """
+
+    def pack(
+        self,
+        x: torch.Tensor,
+        scale: torch.Tensor | None,
+        weights: torch.Tensor,
+        sends: Sends,
+        capacity: int | None,
+        out: Rows,
+    ) -> None:
+        """Write messages: the rows of ``sends``; with a capacity, those that nobody fills have absent places."""

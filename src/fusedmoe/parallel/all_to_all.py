@@ -22,12 +22,12 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from fusedmoe import backends
-from fusedmoe.backends.base import Sends, Transit
+from fusedmoe.backends.base import Rows, Sends, Transit
 from fusedmoe.errors import DTypeError, GradientError, OptionError, ShapeError, explain
 from fusedmoe.modular import Experts, Prepared
 from fusedmoe.parallel.control import Control, said
 from fusedmoe.parallel.placement import Placement
-from fusedmoe.parallel.wire import Rows, Wire
+from fusedmoe.parallel.wire import Wire
 
 
 @dataclass
@@ -36,7 +36,6 @@ class Part:
 
     hidden_states: Tensor
     topk_weights: Tensor
-    places: Tensor
     sends: Sends
     sent: list[int] | None = None  #      rows for each rank; None: the capacity
     received: list[int] | None = None  #  rows of each rank
@@ -121,9 +120,7 @@ class AllToAll:
 
     def layout(self, hidden_states: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Part:
         """Decide which token goes where."""
-        places = self.table.choose(topk_ids, self.rank)
-        sends = self.kernels.sends(places, self.ranks, self.placement.places, self.capacity)
-        return Part(hidden_states, topk_weights, places, sends)
+        return Part(hidden_states, topk_weights, self.kernels.sends(topk_ids, self.table, self.rank, self.capacity))
 
     def blank(self) -> Part:
         """No tokens, for a rank that has to take part in what it cannot do."""
@@ -162,17 +159,7 @@ class AllToAll:
             x, scale = self.kernels.encode(x, wire.inputs, self.static)
         n_rows = sends.token.shape[0] if part.sent is None else sum(part.sent)
         messages = torch.empty(n_rows, wire.row_bytes, dtype=torch.uint8, device=self.device)
-        rows, token = wire.views(messages), sends.token[:n_rows]
-        if x.shape[0]:
-            _pick(x, token, rows.hidden_states)
-            _pick(part.places, token, rows.places)
-            _pick(part.topk_weights.to(torch.float32), token, rows.weights)
-            if scale is not None and rows.scale is not None:
-                _pick(scale, token, rows.scale)
-        if self.capacity is not None:
-            place = torch.arange(self.capacity, device=self.device)
-            nobody = (place >= sends.counts[:, None]).view(-1, 1)
-            rows.places.masked_fill_(nobody, -1)
+        self.kernels.pack(x, scale, part.topk_weights, sends, self.capacity, wire.views(messages))
         n_received = n_rows if part.received is None else sum(part.received)
         part.messages = messages.new_empty(n_received, wire.row_bytes)
         part.kept = [messages]
@@ -237,14 +224,3 @@ class AllToAll:
         part: Part = prepared.state
         self.send_back(part, output)
         return self.reduce(part, torch.empty_like(part.hidden_states))
-
-
-def _pick(x: Tensor, token: Tensor, out: Tensor) -> None:
-    """``out[r] = x[token[r]]``, by the widest words that both divide into."""
-    x = x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
-    for word in (torch.int64, torch.int32, torch.int16, torch.uint8):
-        spans = (x.shape[1], x.stride(0), x.storage_offset(), out.stride(0), out.storage_offset())
-        if x.stride(1) == 1 and all(span * x.itemsize % word.itemsize == 0 for span in spans):
-            torch.index_select(x.view(word), 0, token, out=out.view(word))
-            return
-    out.copy_(x.index_select(0, token))

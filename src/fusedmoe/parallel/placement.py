@@ -5,11 +5,11 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from fusedmoe.backends.base import Places
 from fusedmoe.errors import OptionError, explain
 
 
@@ -76,7 +76,7 @@ class Placement:
         everywhere = [expert for rank in self.experts for expert in rank]
         return max(everywhere.count(expert) for expert in set(everywhere))
 
-    def table(self, device: torch.device) -> PlaceTable:
+    def table(self, device: torch.device) -> Places:
         """Places of each expert's copies."""
         places: list[list[int]] = [[] for _ in range(self.num_experts)]
         for rank, experts in enumerate(self.experts):
@@ -84,9 +84,11 @@ class Placement:
                 places[expert].append(rank * self.places + place)
         most = self.copies
         rows = [[*at, *at[:1] * (most - len(at))] for at in places] + [[-1] * most]
-        return PlaceTable(
+        return Places(
             torch.tensor(rows, dtype=torch.int32, device=device),
             torch.tensor([*map(len, places), 1], dtype=torch.int32, device=device),
+            self.ranks,
+            self.places,
         )
 
     def expert_map(self, rank: int, device: torch.device) -> Tensor:
@@ -95,27 +97,3 @@ class Placement:
         start, count = rank * self.places, len(self.experts[rank])
         where[start : start + count] = torch.arange(count, dtype=torch.int32)
         return where.to(device)
-
-
-class PlaceTable(NamedTuple):
-    """Places of experts; the last row is that of an absent one."""
-
-    places: Tensor  #  [E + 1, copies] int32, -1 where there is none
-    copies: Tensor  #  [E + 1] int32
-
-    def choose(self, topk_ids: Tensor, rank: int) -> Tensor:
-        """Place of each slot [T, top_k] int32, -1 where the expert is absent.
-
-        Of several copies a slot takes the one that a hash of its token's number says: the same in every run, and as
-        many slots for each copy as chance would give, whatever tokens an expert gets.
-        """
-        n_experts = self.places.shape[0] - 1
-        ids = topk_ids.long()
-        ids = torch.where((ids >= 0) & (ids < n_experts), ids, n_experts)
-        most = self.places.shape[1]
-        if most == 1:
-            return self.places[:, 0][ids]
-        token = torch.arange(ids.shape[0], device=ids.device)[:, None]
-        # The upper half of a product with 2^32 / golden ratio (Knuth, TAOCP 3, 6.4); ranks start apart.
-        mixed = ((token + 7919 * rank) * 2654435769 & 0xFFFFFFFF) >> 16
-        return self.places.view(-1)[ids * most + mixed % self.copies[ids]]

@@ -4,24 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from fusedmoe.backends.base import Rows
 from fusedmoe.spec.format import ELEMENTS, Inputs
 
 #: Every part of a row starts at a multiple of this many bytes: what vector loads and tensor maps need.
 ALIGNMENT = 16
-
-
-class Rows(NamedTuple):
-    """Views into messages."""
-
-    hidden_states: Tensor  #  [R, H], of the type on the wire
-    scale: Tensor | None  #   [R, groups] float32
-    places: Tensor  #         [R, top_k] int32
-    weights: Tensor  #        [R, top_k] float32
 
 
 @dataclass(frozen=True)
