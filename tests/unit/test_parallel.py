@@ -425,6 +425,20 @@ def test_a_lost_rank_is_an_error_in_time(how):
     pool.close()
 
 
+def words_go_beside_the_data():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.distributed, "get_backend_config", lambda group: "cuda:nccl")
+        (x, weights, ids), layer = drawn(CASE)
+        local = share(layer, Placement.contiguous(E, 2).experts[me()[0]])
+        first, second = (ExpertParallel(None, local, top_k=K) for _ in range(2))
+    assert first.control.group is second.control.group is not first.group
+    return torch.equal(first(x, weights, ids), second(x, weights, ids))
+
+
+def test_a_group_without_the_host_gets_one_beside_it(two):
+    assert two.run(words_go_beside_the_data) == [True, True]
+
+
 def two_dimensions():
     mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "ep"))
     _, layer = drawn(CASE)

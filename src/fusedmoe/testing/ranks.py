@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
+import inspect
 import pickle
 import tempfile
 from collections.abc import Callable
@@ -78,7 +79,7 @@ class Ranks:
 
 
 def _where(function: Callable[..., Any]) -> tuple[str, str]:
-    code = getattr(function, "__code__", None)
+    code = getattr(inspect.unwrap(function), "__code__", None)
     return (code.co_filename if code else function.__module__), function.__name__
 
 
@@ -108,6 +109,7 @@ def _work(pipe: Any, rank: int, ranks: int, backend: str, meeting: str, timeout_
         try:
             path, name, arguments = pickle.loads(pipe.recv_bytes())  # noqa: S301 - from the process that started this
         except EOFError:
+            dist.destroy_process_group()
             return
         try:
             result = getattr(_module(path), name)(*arguments)
