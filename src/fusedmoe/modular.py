@@ -156,7 +156,14 @@ class Experts:
         return self.kernels().encode(hidden_states, inputs, self.w13.input_scale)
 
     def workspace_shapes(
-        self, tokens: int, top_k: int, dtype: torch.dtype, *, batched: bool = False, codes: bool = False
+        self,
+        tokens: int,
+        top_k: int,
+        dtype: torch.dtype,
+        *,
+        batched: bool = False,
+        codes: bool = False,
+        global_num_experts: int | None = None,
     ) -> WorkspaceShapes:
         """Shapes of the memory for a call, which are enough for calls of fewer tokens too.
 
@@ -166,14 +173,19 @@ class Experts:
             dtype: type of the layer, and of the memory.
             batched: the activation format.
             codes: hidden states come with a scale.
+            global_num_experts: length of the expert map that :meth:`apply` gets; None: that of the options, if any.
         """
+        expert_map = None if batched else self.options.get("expert_map")
+        if global_num_experts is not None and not batched:
+            expert_map = torch.empty(global_num_experts, dtype=torch.int32, device=self.device)
         rows, top_k, lead = (self.num_experts * tokens, 1, (self.num_experts, tokens)) if batched else (
             tokens, top_k, (tokens,))  # fmt: skip
-        problem, plan = self._plan(*self._stand_ins(rows, top_k, dtype, codes=codes), dtype if codes else None)
+        kind = dtype if codes else None
+        problem, plan = self._plan(*self._stand_ins(rows, top_k, dtype, codes=codes), kind, expert_map)
         experts.tokens_at_a_time(problem, plan, self.workspace_limit)  # raises
         first, second = 0, 0
         for n_tokens in (rows, *tokens_before_breaks(problem)):
-            some, how = self._plan(*self._stand_ins(n_tokens, top_k, dtype, codes=codes), dtype if codes else None)
+            some, how = self._plan(*self._stand_ins(n_tokens, top_k, dtype, codes=codes), kind, expert_map)
             n_bytes = self._bytes(some, how)
             first, second = max(first, n_bytes[0]), max(second, n_bytes[1])
         size = dtype.itemsize
@@ -281,9 +293,15 @@ class Experts:
         return hidden_states.reshape(-1, n_hidden), weights, ids, scale, output.view(-1, n_hidden)
 
     def _plan(
-        self, x: Tensor, weights: Tensor, ids: Tensor, scale: Tensor | None, dtype: torch.dtype | None
+        self,
+        x: Tensor,
+        weights: Tensor,
+        ids: Tensor,
+        scale: Tensor | None,
+        dtype: torch.dtype | None,
+        expert_map: Tensor | None,
     ) -> tuple[Problem, Plan]:
-        options = {name: value for name, value in self.options.items() if name != "expert_map"}
+        options = {**self.options, "expert_map": expert_map}
         call = check(x, self.w13, self.w2, weights, ids, hidden_states_scale=scale, dtype=dtype, **options)
         return call.problem, choose(call.problem, target_of(self.device), self.backend)
 
