@@ -2,24 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 
-__all__ = ["device_guard", "teach_interpreter"]
-
-_HERE: AbstractContextManager[None] = contextlib.nullcontext()
-
-
-def device_guard(device: torch.device) -> AbstractContextManager[object]:
-    """Make ``device`` current around a launch: Triton launches on the current device whatever the tensors say."""
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        return torch.cuda.device(device)
-    if device.type == "xpu":
-        return torch.xpu.device(device)
-    return _HERE
+__all__ = ["teach_interpreter"]
 
 
 def teach_interpreter() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -28,9 +30,36 @@ class Call(NamedTuple):
     expert_map: torch.Tensor | None  #    [E_global] local id or negative
     hidden_states_scale: torch.Tensor | None  # [T or 1, groups] float32, when hidden states are codes
     out: torch.Tensor | None  #           [T, H]
-    workspace: torch.Tensor | None  #     [bytes] uint8
+    workspace: torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None  # [bytes] uint8, in one piece or in two
+
+    def inputs(self) -> Iterator[torch.Tensor]:
+        """Every tensor that the layer reads."""
+        for value in self._replace(out=None, workspace=None):
+            if isinstance(value, torch.Tensor):
+                yield value
+            elif isinstance(value, ExpertMatrix):
+                yield from value.tensors().values()
+
+    def workspaces(self) -> tuple[torch.Tensor, ...]:
+        """The caller's scratch memory, if any."""
+        if self.workspace is None:
+            return ()
+        return self.workspace if isinstance(self.workspace, tuple) else (self.workspace,)
 
     @property
     def n_global(self) -> int:
         """Ids at or above this are absent: the length of the map, else E."""
         return self.problem.experts if self.expert_map is None else self.expert_map.shape[0]
+
+    def tokens(self, start: int, stop: int, out: torch.Tensor) -> Call:
+        """The call of the tokens ``start .. stop`` alone, with their rows of ``out``."""
+        rows, scale = slice(start, stop), self.hidden_states_scale
+        return self._replace(
+            problem=replace(self.problem, tokens=stop - start),
+            hidden_states=self.hidden_states[rows],
+            topk_weights=self.topk_weights[rows],
+            topk_ids=self.topk_ids[rows],
+            # One scale may serve all tokens.
+            hidden_states_scale=scale if scale is None or scale.shape[0] != self.problem.tokens else scale[rows],
+            out=out[rows],
+        )

@@ -396,6 +396,7 @@ def check(
         w2_bias=w2_bias is not None,
         weight_on_input=bool(apply_router_weight_on_input),
         expert_map=expert_map is not None,
+        known_experts=0 if expert_map is None else expert_map.shape[0],
         fp32_precision="tf32" if fp32_precision == "tf32" else "ieee",
     )
     return Call(

@@ -51,6 +51,10 @@ class MissingDependencyError(FusedMoEError, ImportError):
     """An optional package is needed for this; the message names the extra that installs it."""
 
 
+class ParallelError(FusedMoEError, RuntimeError):
+    """A rank failed, or did not answer in time; raised on the ranks that wait for it."""
+
+
 def explain(what: str, *, got: object, wanted: object, do: str) -> str:
     """Compose a message: ``what: got …; wanted …. do``."""
     return f"{what}: got {got}; wanted {wanted}. {do}"

@@ -2,27 +2,111 @@
 
 from __future__ import annotations
 
+import bisect
+import functools
+from contextlib import nullcontext
+from dataclasses import replace
+
 import torch
 
 from fusedmoe import backends
-from fusedmoe.backends.workspace import Workspace
+from fusedmoe.backends.launch import tape_for
+from fusedmoe.backends.workspace import Workspace, layout_bytes
 from fusedmoe.call import Call
+from fusedmoe.errors import OptionError, UnsupportedError, WorkspaceError, explain
 from fusedmoe.plan.config import Plan
+from fusedmoe.settings import settings
+from fusedmoe.spec.problem import Problem
 
 
-def run(call: Call, plan: Plan) -> torch.Tensor:
-    """Run a checked call the way ``plan`` says; returns ``call.out``, or a new tensor [T, H]."""
+def run(call: Call, plan: Plan, workspace_limit: int | None = None) -> torch.Tensor:
+    """Run a checked call the way ``plan`` says; returns ``call.out``, or a new tensor [T, H].
+
+    Under a limit (None: the process's setting) it runs chunk after chunk of its tokens, all with this plan, which was
+    made for all of them: a row meets the same tiles in the same order, and gets the same bits.
+    """
     out = call.out
     if out is None:
         x = call.hidden_states
         out = torch.empty(x.shape, dtype=getattr(torch, call.problem.dtype), device=x.device)
     if call.problem.tokens == 0 or out.device.type == "meta":
         return out  # nothing to compute, or shapes alone are wanted
+    n_tokens = call.problem.tokens
+    chunk = tokens_at_a_time(call.problem, plan, workspace_limit)
+    if chunk == n_tokens:
+        _run(call, plan, out)
+        return out
+    if call.workspace is None:  # one for all chunks, the first of which is the largest
+        need = bytes_for(replace(call.problem, tokens=chunk), plan)
+        call = call._replace(workspace=torch.empty(need, dtype=torch.uint8, device=out.device))
+    for start in range(0, n_tokens, chunk):
+        part = call.tokens(start, min(start + chunk, n_tokens), out)
+        assert part.out is not None, "rows of out"
+        _run(part, plan, part.out)
+    return out
+
+
+def _run(call: Call, plan: Plan, out: torch.Tensor) -> None:
+    """The four steps; or, of a call like an earlier one, its launches again."""
+    device, tensors = out.device, (*call.inputs(), out)
+    tape = None
+    if plan.triton is not None and device.type != "cpu":
+        tape = tape_for((call.problem, plan), (*tensors, *call.workspaces()))
+    if tape is not None and tape.whole:
+        tape.replay((*tensors, *(call.workspaces() or (torch.empty(tape.n_bytes, dtype=torch.uint8, device=device),))))
+        return
     backend = backends.load(plan.backend)
     layout = backend.workspace_layout(call.problem, plan)
-    work = Workspace(layout, call.hidden_states.device, call.workspace)
-    schedule = backend.route(call, plan, work)
-    hidden = backend.gate_up(call, plan, schedule, work)
-    rows = backend.down(call, plan, schedule, hidden, work)
-    backend.combine(call, plan, schedule, rows, work, out)
-    return out
+    work = Workspace(layout, device, call.workspace)
+    with nullcontext() if tape is None else tape.record((*tensors, *work.buffers), layout_bytes(layout)):
+        schedule = backend.route(call, plan, work)
+        hidden = backend.gate_up(call, plan, schedule, work)
+        rows = backend.down(call, plan, schedule, hidden, work)
+        backend.combine(call, plan, schedule, rows, work, out)
+
+
+def bytes_for(problem: Problem, plan: Plan) -> int:
+    """Bytes of workspace that a call without a limit needs."""
+    return layout_bytes(backends.load(plan.backend).workspace_layout(problem, plan))
+
+
+def tokens_at_a_time(problem: Problem, plan: Plan, workspace_limit: int | None = None) -> int:
+    """Tokens of a chunk under a limit in bytes, from shapes alone; chunks are as even as they can be.
+
+    Raises:
+        OptionError: the limit is no positive integer.
+        WorkspaceError: one token needs more.
+        UnsupportedError: all rows share a scale, which no chunk knows.
+    """
+    limit = settings().workspace_limit if workspace_limit is None else workspace_limit
+    if limit is None:
+        return problem.tokens
+    if not isinstance(limit, int) or isinstance(limit, bool) or limit < 1:
+        do = "Leave it out for no limit."
+        raise OptionError(explain("workspace_limit", got=repr(limit), wanted="bytes, an integer above 0", do=do))
+    return _tokens_within(problem, plan, limit)
+
+
+@functools.lru_cache(maxsize=4096)
+def _tokens_within(problem: Problem, plan: Plan, limit: int) -> int:
+    def need(tokens: int) -> int:
+        return bytes_for(replace(problem, tokens=tokens), plan)
+
+    n_tokens = problem.tokens
+    if need(n_tokens) <= limit:
+        return n_tokens
+    fit = bisect.bisect_right(range(1, n_tokens + 1), limit, key=need)
+    if not fit:
+        wanted = f"at least {need(1)} bytes, what one token needs"
+        raise WorkspaceError(explain("workspace_limit", got=f"{limit} bytes", wanted=wanted, do="Raise the limit."))
+    first, second = problem.gate_up_gemm.inputs, problem.down_gemm.inputs
+    if any(one is not None and one.mode == "tensor" for one in (None if problem.inputs_dtype else first, second)):
+        raise UnsupportedError(
+            explain(
+                f"workspace_limit of {limit} bytes",
+                got=f"{n_tokens} tokens, which need {need(n_tokens)}, and a scheme with one scale for all rows",
+                wanted="tokens that fit at once, for a chunk does not know the largest value of the others",
+                do="Raise the limit, or choose a scale per row: ExpertMatrix(..., inputs='token').",
+            )
+        )
+    return -(-n_tokens // -(-n_tokens // fit))

@@ -6,12 +6,12 @@ from dataclasses import replace
 
 import torch
 
-from fusedmoe import backends, experts
-from fusedmoe.backends.workspace import layout_bytes
+from fusedmoe import experts
 from fusedmoe.checks import check
 from fusedmoe.expert_matrix import ExpertMatrix
 from fusedmoe.plan.heuristics import tokens_before_breaks
 from fusedmoe.plan.planner import choose
+from fusedmoe.settings import settings
 from fusedmoe.spec.activation import Activation
 from fusedmoe.spec.layout import Fp32Precision, GateUpLayout, WeightLayout
 from fusedmoe.target import target_of
@@ -40,6 +40,7 @@ def fused_experts(
     backend: str | None = None,
     out: torch.Tensor | None = None,
     workspace: torch.Tensor | None = None,
+    workspace_limit: int | None = None,
 ) -> torch.Tensor:
     """Run the experts of a mixture-of-experts layer.
 
@@ -81,12 +82,16 @@ def fused_experts(
         out: [T, H], written and returned; may not share memory with hidden_states.
         workspace: uint8 buffer of at least :func:`workspace_bytes`; None allocates it. Under torch.compile the
             layer is one operator, which allocates its own; a workspace is not used there.
+        workspace_limit: bytes of workspace to use at most; more tokens than fit are done in chunks, with the same bits.
+            None takes the process's setting (FUSEDMOE_WORKSPACE_LIMIT). Backend "torch" has no workspace, and so no
+            limit.
 
     Returns:
         [T, H] in the type of the layer.
 
     Raises:
-        ShapeError, DTypeError, DeviceError, LayoutError, OptionError, WorkspaceError: an argument does not fit.
+        ShapeError, DTypeError, DeviceError, LayoutError, OptionError, WorkspaceError: an argument does not fit; or the
+            limit is below what one token needs.
         GradientError: grad mode is on and an argument requires grad; the layer computes no gradients.
         UnsupportedError: no backend can run it; the message has every reason.
 
@@ -121,6 +126,7 @@ def fused_experts(
             apply_router_weight_on_input,
             fp32_precision,
             backend,
+            workspace_limit,
         )
         return result if out is None else out.copy_(result)
     call = check(
@@ -144,7 +150,7 @@ def fused_experts(
         out=out,
         workspace=workspace,
     )
-    return experts.run(call, choose(call.problem, target_of(hidden_states.device), backend))
+    return experts.run(call, choose(call.problem, target_of(hidden_states.device), backend), workspace_limit)
 
 
 def workspace_bytes(
@@ -155,6 +161,7 @@ def workspace_bytes(
     topk_ids: torch.Tensor,
     *,
     backend: str | None = None,
+    workspace_limit: int | None = None,
     **options: object,
 ) -> int:
     """Bytes of workspace that :func:`fused_experts` needs for these arguments; depends on shapes alone.
@@ -164,11 +171,13 @@ def workspace_bytes(
     """
     problem = check(hidden_states, w13, w2, topk_weights, topk_ids, **options).problem  # type: ignore[arg-type]
     target = target_of(hidden_states.device)
+    limit = settings().workspace_limit if workspace_limit is None else workspace_limit
+    experts.tokens_at_a_time(problem, choose(problem, target, backend), limit)  # raises
 
     def need(tokens: int) -> int:
         fewer = replace(problem, tokens=tokens)
-        plan = choose(fewer, target, backend)
-        return layout_bytes(backends.load(plan.backend).workspace_layout(fewer, plan))
+        return experts.bytes_for(fewer, choose(fewer, target, backend))
 
     # A backend that takes over from a number of tokens on may need less than the one before it.
-    return max(map(need, (problem.tokens, *tokens_before_breaks(problem))))
+    most = max(map(need, (problem.tokens, *tokens_before_breaks(problem))))
+    return most if limit is None else min(most, limit)

@@ -17,11 +17,14 @@ class Settings:
         backend: ``FUSEDMOE_BACKEND``: "auto", or the backend that every call uses unless it names one.
         shared_memory_cap: ``FUSEDMOE_SHARED_MEMORY_CAP``: bytes of shared memory a program may use, below what
             the device offers; for machines that share a GPU, and for tests. None: the device's own limit.
+        workspace_limit: ``FUSEDMOE_WORKSPACE_LIMIT``: bytes of workspace that a call may use unless it says otherwise;
+            more tokens than fit are done in chunks. None: no limit.
         interpret: ``TRITON_INTERPRET``: Triton kernels run on the CPU, in Triton's interpreter.
     """
 
     backend: str = "auto"
     shared_memory_cap: int | None = None
+    workspace_limit: int | None = None
     interpret: bool = False
 
 
@@ -42,5 +45,6 @@ def settings() -> Settings:
     return Settings(
         backend=os.environ.get("FUSEDMOE_BACKEND", "auto") or "auto",
         shared_memory_cap=_integer("FUSEDMOE_SHARED_MEMORY_CAP"),
+        workspace_limit=_integer("FUSEDMOE_WORKSPACE_LIMIT"),
         interpret=os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes"),
     )

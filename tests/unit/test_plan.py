@@ -181,3 +181,18 @@ def test_other_devices_have_no_kernels_of_hopper(target):
 def test_an_older_triton_has_no_gluon():
     old = replace(H200, gluon=False)
     assert any("Triton 3.6" in reason for reason in support(problem(tokens=8192), old)["gluon_sm90"])
+
+
+@pytest.mark.parametrize("tokens", [1, 40, 300, 5000])
+@pytest.mark.parametrize("form", [None, "fp8_block", "int4_w4a16"])
+def test_experts_of_other_ranks_take_no_rows(tokens, form):
+    """Twice as many experts by a map, and twice as many tokens: as many rows for each, and the same tiles."""
+    forms = {"w13_format": format_of(form), "w2_format": format_of(form)} if form else {}
+    alone, mapped = problem(tokens=tokens, experts=64, **forms), problem(
+        tokens=2 * tokens, experts=64, known_experts=128, expert_map=True, **forms
+    )  # fmt: skip
+    assert mapped.mean_rows == alone.mean_rows
+    if alone.slots > FEW:
+        assert choose(mapped, H200).backend == choose(alone, H200).backend
+        assert choose(mapped, H200).triton == choose(alone, H200).triton
+    assert problem(experts=64, known_experts=10).mean_rows == problem(experts=64).mean_rows, "a map to copies"

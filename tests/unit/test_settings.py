@@ -5,7 +5,7 @@ import pytest
 from fusedmoe.errors import OptionError
 from fusedmoe.settings import Settings, settings
 
-NAMES = ("FUSEDMOE_BACKEND", "FUSEDMOE_SHARED_MEMORY_CAP", "TRITON_INTERPRET")
+NAMES = ("FUSEDMOE_BACKEND", "FUSEDMOE_SHARED_MEMORY_CAP", "FUSEDMOE_WORKSPACE_LIMIT", "TRITON_INTERPRET")
 
 
 @pytest.fixture
@@ -20,14 +20,15 @@ def environment(monkeypatch):
 
 
 def test_defaults(environment):
-    assert settings() == Settings(backend="auto", shared_memory_cap=None, interpret=False)
+    assert settings() == Settings(backend="auto", shared_memory_cap=None, workspace_limit=None, interpret=False)
 
 
 def test_all_variables(environment):
     environment.setenv("FUSEDMOE_BACKEND", "torch")
     environment.setenv("FUSEDMOE_SHARED_MEMORY_CAP", "49152")
+    environment.setenv("FUSEDMOE_WORKSPACE_LIMIT", "1000000")
     environment.setenv("TRITON_INTERPRET", "1")
-    assert settings() == Settings(backend="torch", shared_memory_cap=49152, interpret=True)
+    assert settings() == Settings(backend="torch", shared_memory_cap=49152, workspace_limit=1000000, interpret=True)
 
 
 def test_an_empty_variable_is_an_unset_one(environment):
@@ -49,12 +50,13 @@ def test_words_that_leave_it_off(environment, text):
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "48k", "1e5", "0x10", " 7", "1.0"])
-def test_a_cap_that_is_no_positive_integer(environment, text):
-    environment.setenv("FUSEDMOE_SHARED_MEMORY_CAP", text)
+@pytest.mark.parametrize("name", ["FUSEDMOE_SHARED_MEMORY_CAP", "FUSEDMOE_WORKSPACE_LIMIT"])
+def test_a_cap_that_is_no_positive_integer(environment, name, text):
+    environment.setenv(name, text)
     with pytest.raises(OptionError) as error:
         settings()
     message = str(error.value)
-    assert "FUSEDMOE_SHARED_MEMORY_CAP" in message
+    assert name in message
     assert repr(text) in message
     assert "positive integer" in message
 

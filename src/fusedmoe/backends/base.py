@@ -5,13 +5,14 @@ The types of ``schedule``, ``hidden`` and ``rows`` are the backend's own busines
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
 from fusedmoe.backends.workspace import Workspace
 from fusedmoe.call import Call
 from fusedmoe.plan.config import Plan
+from fusedmoe.spec.format import Inputs
 from fusedmoe.spec.problem import Problem
 
 
@@ -32,3 +33,68 @@ class Backend(Protocol):
 
     def combine(self, call: Call, plan: Plan, schedule: Any, rows: Any, work: Workspace, out: torch.Tensor) -> None:
         """Sum the rows of a token in slot order, in float32, into ``out`` [T, H]; absent experts add +0."""
+
+
+class Places(NamedTuple):
+    """Where experts are: place p of rank r is number r * each + p. The last row is that of an absent expert."""
+
+    of: torch.Tensor  #      [E + 1, copies] int32, -1 where there is none
+    copies: torch.Tensor  #  [E + 1] int32: how many of them are true
+    ranks: int
+    each: int
+
+
+class Sends(NamedTuple):
+    """Tokens on their way to ranks. Rows are in the order of ranks, then of tokens; a token goes to a rank once."""
+
+    places: torch.Tensor  #  [T, top_k] int32: of each slot; -1 where the expert is absent
+    counts: torch.Tensor  #  [ranks] int64: rows for each rank
+    token: torch.Tensor  #   [rows] int64: token of a row; something in range where there is no row
+    answer: torch.Tensor  #  [T, top_k]: row with the answer of a rank, at the first slot for that rank; else -1
+
+
+class Rows(NamedTuple):
+    """Parts of messages."""
+
+    hidden_states: torch.Tensor  #   [R, H], of the type that travels
+    scale: torch.Tensor | None  #    [R, groups] float32
+    places: torch.Tensor  #          [R, top_k] int32
+    weights: torch.Tensor  #         [R, top_k] float32
+
+
+class Transit(Protocol):
+    """Rows before they travel, and after."""
+
+    def encode(self, x: torch.Tensor, inputs: Inputs, static: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Codes [T, H] and float32 scales [T, groups] of rows, as the layer itself would make them.
+
+        Modes "token", "group" and "static".
+        """
+
+    def reduce(
+        self, rows: torch.Tensor, index: torch.Tensor, weights: torch.Tensor | None, out: torch.Tensor
+    ) -> torch.Tensor:
+        """``out[t] = sum_j weights[t, j] * rows[index[t, j]]``, in the order of j, in float32, rounded once.
+
+        rows [R, H], index [T, n] integers, out [T, H]. Where an index is outside [0, R) nothing is added or read.
+        Weights None are 1.
+        """
+
+    def sends(self, topk_ids: torch.Tensor, places: Places, rank: int, capacity: int | None) -> Sends:
+        """Which tokens [T, top_k] of this rank go to which rank.
+
+        Of several copies of an expert a slot takes the one that a hash of its token's number says: the same in every
+        run, and as many slots for each copy as chance would give, whatever tokens an expert gets. Rows for a rank
+        follow those for the one before; with a capacity they start at rank * capacity.
+        """
+
+    def pack(
+        self,
+        x: torch.Tensor,
+        scale: torch.Tensor | None,
+        weights: torch.Tensor,
+        sends: Sends,
+        capacity: int | None,
+        out: Rows,
+    ) -> None:
+        """Write messages: the rows of ``sends``; with a capacity, those that nobody fills have absent places."""

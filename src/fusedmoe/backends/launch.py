@@ -15,14 +15,11 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from triton.tools.tensor_descriptor import TensorDescriptor
-
-from fusedmoe._compat import device_guard
 
 #: Tapes that a thread keeps; the least recently used goes first.
 KEPT = 256
@@ -116,7 +113,7 @@ class Tape:
     def _without_tensors(self, value: Any) -> Any:
         if isinstance(value, torch.Tensor):
             return self._address_of(value)
-        if isinstance(value, TensorDescriptor):
+        if hasattr(value, "block_shape"):  # a tensor map, of Triton or of Gluon
             raise _UnknownError
         if isinstance(value, tuple):
             parts = [self._without_tensors(part) for part in value]
@@ -171,6 +168,18 @@ def tape_for(key: object, sources: Sequence[torch.Tensor]) -> Tape:
     else:
         tapes.move_to_end((key, alike))
     return tape
+
+
+_HERE: AbstractContextManager[None] = nullcontext()
+
+
+def device_guard(device: torch.device) -> AbstractContextManager[object]:
+    """Make ``device`` current around a launch: Triton launches on the current device whatever the tensors say."""
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        return torch.cuda.device(device)
+    if device.type == "xpu":
+        return torch.xpu.device(device)
+    return _HERE
 
 
 def launch(kernel: Any, grid: tuple[int, ...], /, *args: Any, **options: Any) -> None:

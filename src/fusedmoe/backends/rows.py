@@ -9,8 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fusedmoe._compat import device_guard
-from fusedmoe.backends.launch import launch
+from fusedmoe.backends.launch import device_guard, launch
 from fusedmoe.backends.workspace import Workspace
 from fusedmoe.kernels import arrange, encode, overlap, quantise
 from fusedmoe.kernels.operands import Ids, Rows, RowScale, Schedule

@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fusedmoe._compat import device_guard, teach_interpreter
-from fusedmoe.backends.launch import launch
+from fusedmoe._compat import teach_interpreter
+from fusedmoe.backends.launch import device_guard, launch
 from fusedmoe.backends.product import Product
 from fusedmoe.backends.rows import flat, in_order, order_of, quantised, with_scale
 from fusedmoe.backends.weights import operand, weight_map
@@ -35,7 +35,7 @@ from fusedmoe.kernels import (
     store,
     tiles,
 )
-from fusedmoe.kernels.combine import combine as combine_kernel
+from fusedmoe.kernels.combine import by_slot, combine as combine_kernel
 from fusedmoe.kernels.gather import gather as gather_kernel
 from fusedmoe.kernels.grouped_gemm import grouped_gemm
 from fusedmoe.kernels.operands import (
@@ -411,13 +411,9 @@ def combine(
         launch(
             combine_kernel,
             (n_tokens, math.ceil(n_columns / block)),
-            schedule.ids,
-            rows,
-            rows.stride(0),
-            out,
-            out.stride(0),
-            out.stride(1),
+            *(schedule.ids, rows, rows.stride(0), None, 0, 0, out, out.stride(0), out.stride(1)),
             **options,
+            ROW=by_slot,
             H=n_columns,
             BLOCK_H=block,
         )

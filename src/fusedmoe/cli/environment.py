@@ -20,6 +20,7 @@ from fusedmoe.target import target_of
 VARIABLES = {
     "backend": "FUSEDMOE_BACKEND",
     "shared_memory_cap": "FUSEDMOE_SHARED_MEMORY_CAP",
+    "workspace_limit": "FUSEDMOE_WORKSPACE_LIMIT",
     "interpret": "TRITON_INTERPRET",
 }
 PACKAGES = ("torch", "triton", "transformers", "safetensors", "typer", "rich")

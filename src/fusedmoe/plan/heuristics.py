@@ -56,7 +56,7 @@ def why_portable(problem: Problem, target: Target) -> str | None:
     are hardly filled pay too, but where its own are of 64 rows. Weights of 16 bits gain least: from the long sums of
     wide layers nothing is left to hide.
     """
-    mean = problem.slots / problem.experts
+    mean = problem.mean_rows
     long = problem.intermediate >= WIDE_INTERMEDIATE
     gemms = problem.gate_up_gemm, problem.down_gemm
     if any(gemm.grouped for gemm in gemms):
@@ -73,7 +73,8 @@ def why_portable(problem: Problem, target: Target) -> str | None:
 
 def tokens_before_breaks(problem: Problem) -> list[int]:
     """Token counts below the problem's at which a backend is chosen for the last time before another is."""
-    counts = (math.ceil(mean * problem.experts / problem.top_k) - 1 for mean in BREAKS)
+    experts = max(problem.experts, problem.known_experts)
+    counts = (math.ceil(mean * experts / problem.top_k) - 1 for mean in BREAKS)
     return [tokens for tokens in counts if 0 < tokens < problem.tokens]
 
 
@@ -112,7 +113,7 @@ def _without_schedule(problem: Problem, target: Target) -> bool:
 
 def triton_plan(problem: Problem, target: Target) -> TritonPlan:
     """The portable pipeline for a problem that the Triton backend supports."""
-    mean = problem.slots / problem.experts
+    mean = problem.mean_rows
     few = _without_schedule(problem, target)
     gemms = problem.gate_up_gemm, problem.down_gemm
     # Twice the mean: most experts then fill one tile, and a row costs nothing while weights are streamed.
@@ -173,7 +174,7 @@ def _overlap(problem: Problem, target: Target, down: KernelConfig, *, few: bool)
 
 def _ideal(problem: Problem, target: Target, block_m: int, gemm: Gemm, *, few: bool, gate_up: bool) -> KernelConfig:
     """The tile one would like, before shared memory and layout are looked at."""
-    mean, half = problem.slots / problem.experts, gemm.width
+    mean, half = problem.mean_rows, gemm.width
     if target.interpret:
         return KernelConfig(block_m=block_m, block_n=64 // half, block_k=32, group_m=2, swap=gemm.format is not None)
     if gemm.format is not None:

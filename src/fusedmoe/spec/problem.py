@@ -70,12 +70,18 @@ class Problem:
     w2_bias: bool = False
     weight_on_input: bool = False
     expert_map: bool = False
+    known_experts: int = 0  # that ids may name, by way of the map; 0 without one
     fp32_precision: Fp32Precision = "ieee"
 
     @property
     def slots(self) -> int:
         """S = T * top_k."""
         return self.tokens * self.top_k
+
+    @property
+    def mean_rows(self) -> float:
+        """Rows of an expert when all that ids may name are chosen alike: those of other ranks get none here."""
+        return self.slots / max(self.experts, self.known_experts)
 
     @property
     def w13_rows(self) -> int:
