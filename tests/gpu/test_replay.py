@@ -1,0 +1,105 @@
+"""Calls like an earlier one are made of its launches, on other tensors."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+from triton.runtime.jit import JITFunction
+
+from fusedmoe import fused_experts, softmax_topk
+from fusedmoe.backends import launch as launches
+from fusedmoe.schemes import format_of
+from fusedmoe.testing.cases import random_matrix
+from fusedmoe.testing.verify import verify
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+    pytest.mark.filterwarnings("default"),
+]
+
+SCHEMES = [None, "fp8_block", "fp8_channel", "int8_w8a8", "int4_w4a16", "mxfp4"]
+
+
+def layer(scheme, tokens, seed, *, experts=16, top_k=4, hidden=256, intermediate=384):
+    generator = torch.Generator("cuda").manual_seed(seed)
+    sizes = (experts, 2 * intermediate, hidden), (experts, hidden, intermediate)
+    if scheme is None:
+        w13, w2 = (
+            torch.randn(*size, dtype=torch.bfloat16, device="cuda", generator=generator) * size[-1] ** -0.5
+            for size in sizes
+        )
+    else:
+        w13 = random_matrix(format_of(scheme), sizes[0], generator, parts=2)
+        w2 = random_matrix(format_of(scheme), sizes[1], generator)
+    x = torch.randn(tokens, hidden, dtype=torch.bfloat16, device="cuda", generator=generator)
+    weights, ids = softmax_topk(torch.randn(tokens, experts, device="cuda", generator=generator), top_k)
+    return x, w13, w2, weights, ids
+
+
+@pytest.fixture(autouse=True)
+def no_tapes():
+    launches._LOCAL.tapes.clear()
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 64])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_second_call_binds_no_kernel_and_is_right(scheme, tokens, monkeypatch):
+    first, second = layer(scheme, tokens, 0), layer(scheme, tokens, 1)
+    assert verify(fused_experts(*first), first, {}).ok
+    (tape,) = launches._LOCAL.tapes.values()
+    assert tape.whole
+    want = fused_experts(*second, out=torch.empty(tokens + 1, 256, dtype=torch.bfloat16, device="cuda")[1:])
+    with monkeypatch.context() as patch:
+        patch.setattr(JITFunction, "run", lambda *_, **__: pytest.fail("a kernel was bound anew"))
+        got = fused_experts(*second)
+        again = fused_experts(*first)
+    assert verify(got, second, {}).ok and verify(again, first, {}).ok
+    assert torch.equal(got, want)
+
+
+def test_replayed_on_the_current_stream_and_captured():
+    arguments = layer(None, 8, 0)
+    want = fused_experts(*arguments)
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.graph(graph, stream=stream):
+        out = fused_experts(*arguments)
+    other = layer(None, 8, 5)
+    for mine, theirs in zip(arguments, other, strict=True):
+        mine.copy_(theirs)
+    out.fill_(float("nan"))
+    graph.replay()
+    torch.cuda.synchronize()
+    assert verify(out, arguments, {}).ok and not torch.equal(out, want)
+
+
+def test_threads_at_once():
+    arguments = [layer(None, 4, seed) for seed in range(4)]
+    want = [fused_experts(*one) for one in arguments]
+    torch.cuda.synchronize()
+    wrong = []
+
+    def work(number: int) -> None:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            for _ in range(200):
+                out = fused_experts(*arguments[number])
+            torch.cuda.current_stream().synchronize()
+            if not torch.equal(out, want[number]):
+                wrong.append(number)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_another_alignment_is_another_tape():
+    x, *rest = layer(None, 4, 0)
+    shifted = torch.empty(x.numel() + 1, dtype=x.dtype, device="cuda")[1:].view_as(x).copy_(x)
+    assert torch.equal(fused_experts(x, *rest), fused_experts(shifted, *rest))
+    assert len(launches._LOCAL.tapes) == 2
