@@ -20,14 +20,14 @@ class Call(NamedTuple):
     problem: Problem
     hidden_states: torch.Tensor  #        [T, H]
     w13: torch.Tensor | ExpertMatrix  #   [E, 2I or I, H]
-    w2: torch.Tensor | ExpertMatrix  #    [E, H, I]
-    topk_weights: torch.Tensor  #         [T, top_k]
+    w2: torch.Tensor | ExpertMatrix | None  # [E, H, I]; None where the first GEMM is the whole call
+    topk_weights: torch.Tensor | None  #  [T, top_k]; None with w2
     topk_ids: torch.Tensor  #             [T, top_k] int32 or int64
     w13_bias: torch.Tensor | None  #      [E, 2I or I]
     w2_bias: torch.Tensor | None  #       [E, H]
     expert_map: torch.Tensor | None  #    [E_global] local id or negative
     hidden_states_scale: torch.Tensor | None  # [T or 1, groups] float32, when hidden states are codes
-    out: torch.Tensor | None  #           [T, H]
+    out: torch.Tensor | None  #           [T, H]; [S, I] of the first GEMM alone
     workspace: torch.Tensor | None  #     [bytes] uint8
 
     @property

@@ -26,3 +26,17 @@ def run(call: Call, plan: Plan) -> torch.Tensor:
     rows = backend.down(call, plan, schedule, hidden, work)
     backend.combine(call, plan, schedule, rows, work, out)
     return out
+
+
+def run_alone(call: Call, plan: Plan) -> torch.Tensor:
+    """Run the first GEMM of a checked call; returns its rows [T, top_k, I], zeros where there is no expert."""
+    problem, device = call.problem, call.hidden_states.device
+    shape = (problem.tokens, problem.top_k, problem.intermediate)
+    out = torch.zeros(shape, dtype=getattr(torch, problem.dtype), device=device)
+    if problem.tokens == 0 or device.type == "meta":
+        return out
+    call = call._replace(out=out.view(problem.slots, problem.intermediate))
+    backend = backends.load(plan.backend)
+    work = Workspace(backend.workspace_layout(problem, plan), device)
+    backend.gate_up(call, plan, backend.route(call, plan, work), work)
+    return out

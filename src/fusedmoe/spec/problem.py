@@ -71,6 +71,7 @@ class Problem:
     weight_on_input: bool = False
     expert_map: bool = False
     fp32_precision: Fp32Precision = "ieee"
+    alone: bool = False  # the first GEMM is the whole call: its rows, each at its slot, are the output
 
     @property
     def slots(self) -> int:
