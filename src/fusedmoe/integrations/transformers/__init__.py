@@ -32,8 +32,9 @@ from transformers.integrations.finegrained_fp8 import FP8ExpertsInterface
 from transformers.integrations.moe import ExpertsInterface
 
 from fusedmoe.integrations.transformers.interface import experts_forward, fp8_experts_forward
+from fusedmoe.integrations.transformers.patching import Report, TransformersExperts, patch
 
-__all__ = ["NAME", "experts_forward", "fp8_experts_forward"]
+__all__ = ["NAME", "Report", "TransformersExperts", "experts_forward", "fp8_experts_forward", "patch"]
 
 #: What to pass as ``experts_implementation``.
 NAME = "fusedmoe"

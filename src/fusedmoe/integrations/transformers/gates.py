@@ -50,9 +50,14 @@ def _name(function: object) -> str | None:
     return _FUNCTIONS.get(type(function) if isinstance(function, nn.Module) else function)
 
 
-def _default(experts: Any) -> Gate | None:
-    name = _name(experts.act_fn)
+def plain_gate_of(function: object) -> Gate | None:
+    """``function(gate) * up``, for an activation function that is known."""
+    name = _name(function)
     return None if name is None else Gate(Activation(name))
+
+
+def _default(experts: Any) -> Gate | None:
+    return plain_gate_of(experts.act_fn)
 
 
 def _clamped(function: object, limit: float | None) -> Gate | None:

@@ -20,6 +20,12 @@ from fusedmoe.integrations.transformers.gates import activated, gate_of
 from fusedmoe.linear import expert_linear
 from fusedmoe.spec.layout import WeightLayout
 
+#: What a warning says where others compute the gradients.
+FALLS_BACK = (
+    "fusedmoe computes no gradients: where one is needed, experts run as {}. "
+    "Call the model under torch.no_grad() or torch.inference_mode() for the fused experts."
+)
+
 
 class _Weights(NamedTuple):
     w13: Tensor | ExpertMatrix
@@ -54,13 +60,9 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
         self.down_proj_bias if biased else None,
         "KN" if self.is_transposed else "NK",
     )
-    if _needs_grad(hidden_states, top_k_weights, *weights):
+    if needs_grad(hidden_states, top_k_weights, *weights):
         if not torch.compiler.is_compiling():
-            warnings.warn(
-                "fusedmoe computes no gradients: where one is needed, experts run as Transformers' grouped_mm. "
-                "Call the model under torch.no_grad() or torch.inference_mode() for the fused experts.",
-                stacklevel=2,
-            )
+            warnings.warn(FALLS_BACK.format("Transformers' grouped_mm"), stacklevel=2)
         result: Tensor = grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
         return result
     return _run(self, hidden_states, top_k_index, top_k_weights, weights)
@@ -75,22 +77,28 @@ def fp8_experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, t
     Raises:
         GradientError: hidden states or router weights need a gradient.
     """
-    if _needs_grad(hidden_states, top_k_weights):
-        raise GradientError(
-            explain(
-                "experts in fp8",
-                got="hidden states or router weights that require grad",
-                wanted="inference: this layer computes no gradients",
-                do="Call the model under torch.no_grad(), or choose experts_implementation='grouped_mm'.",
-            )
-        )
+    refuse_gradients("experts in fp8", hidden_states, top_k_weights)
     first = "gate_up_proj" if getattr(self, "has_gate", True) else "up_proj"
     weights = _Weights(_fp8_matrix(self, first), _fp8_matrix(self, "down_proj"))
     return _run(self, hidden_states, top_k_index, top_k_weights, weights)
 
 
-def _needs_grad(*tensors: object) -> bool:
+def needs_grad(*tensors: object) -> bool:
+    """Grad mode is on, and one of the tensors requires a gradient."""
     return torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors)
+
+
+def refuse_gradients(what: str, hidden_states: Tensor, top_k_weights: Tensor) -> None:
+    """Raise where a gradient would be needed, inside of a compiled graph too."""
+    if needs_grad(hidden_states, top_k_weights):
+        raise GradientError(
+            explain(
+                what,
+                got="hidden states or router weights that require grad",
+                wanted="inference: this layer computes no gradients",
+                do="Call the model under torch.no_grad() or torch.inference_mode().",
+            )
+        )
 
 
 def _fp8_matrix(experts: Any, name: str) -> Tensor | ExpertMatrix:
