@@ -130,7 +130,12 @@ def captured(call: Callable[[], object]) -> Callable[[], object]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         call()
-    return graph.replay
+
+    def replay() -> object:
+        graph.replay()
+        return call  # the graph works on its tensors, which have to live as long
+
+    return replay
 
 
 def build(config: Any, device: torch.device) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import MixtralConfig, PretrainedConfig, PreTrainedModel
+from transformers import MixtralConfig, PretrainedConfig, PreTrainedModel, Qwen3MoeConfig
 
 MODELS = Path(transformers.__file__).parent / "models"
 
@@ -197,3 +197,48 @@ def small_config() -> MixtralConfig:
     config = MixtralConfig(hidden_size=32, intermediate_size=24, num_local_experts=4, num_experts_per_tok=2)
     config._experts_implementation = "fusedmoe"
     return config
+
+
+def fp8_experts(
+    *,
+    block_size: tuple[int, int] | None,
+    activation_scheme: str = "dynamic",
+    hidden: int = 96,
+    inner: int = 64,
+    **more: Any,
+) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
+    """FP8Experts as the quantiser makes them, with random codes, and their weights as numbers."""
+    from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS, FP8Experts
+    from transformers.integrations.moe import use_experts_implementation
+
+    config = Qwen3MoeConfig(hidden_size=hidden, moe_intermediate_size=inner, num_experts=4, num_experts_per_tok=2)
+    config._experts_implementation = "fusedmoe"
+    experts_class = type("Experts", (FP8Experts,), {"__init__": FP8Experts.__init__, "forward": FP8Experts.forward})
+    experts = use_experts_implementation(experts_class, experts_interface=ALL_FP8_EXPERTS_FUNCTIONS)(
+        config,
+        block_size=block_size,
+        activation_scheme=activation_scheme,
+        **more,
+    )
+    g = torch.Generator().manual_seed(0)
+    numbers = {}
+    with torch.no_grad():
+        for name in ("gate_up_proj", "down_proj"):
+            data, scale = getattr(experts, name), getattr(experts, f"{name}_scale_inv")
+            if data.dtype == torch.int8:
+                data.copy_(torch.randint(-128, 128, data.shape, generator=g).to(torch.int8))
+                e2m1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+                codes = torch.stack([data.view(torch.uint8) & 15, data.view(torch.uint8) >> 4], -1).flatten(-2).long()
+                w = e2m1[codes & 7] * (1 - 2.0 * (codes >> 3))
+                size = 0.03
+            else:
+                data.copy_((torch.randn(data.shape, generator=g) * 50).to(data.dtype))
+                w, size = data.float(), 0.002
+            # Experts differ by a factor, so that a scale of another expert shows.
+            s = torch.rand(scale.shape, generator=g) * size * torch.tensor([1.0, 4.0, 0.25, 2.0]).view(4, 1, 1) + 1e-4
+            if scale.dtype != torch.float32:
+                s = torch.exp2(s.log2().round())
+            scale.copy_(s.to(scale.dtype))
+            rows, columns = w.shape[1] // s.shape[1], w.shape[2] // s.shape[2]
+            numbers[name] = w * s.repeat_interleave(rows, 1).repeat_interleave(columns, 2)
+    return experts, numbers

@@ -6,51 +6,13 @@ import inspect
 
 import pytest
 import torch
-from tiny_models import relative, routing
+from tiny_models import fp8_experts, relative, routing
 from torch import nn
-from transformers import Qwen3MoeConfig
-from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS, FP8Experts
-from transformers.integrations.moe import use_experts_implementation
+from transformers.integrations.finegrained_fp8 import FP8Experts
 
 from fusedmoe.errors import GradientError
-from fusedmoe.integrations.transformers import NAME
 from fusedmoe.numerics import quantise_inputs, spread_input_scale
 from fusedmoe.spec.format import Inputs
-
-
-def fp8_experts(*, block_size, activation_scheme="dynamic", **more):
-    """FP8Experts as the quantiser makes them, with random codes, and their weights as numbers."""
-    config = Qwen3MoeConfig(hidden_size=96, moe_intermediate_size=64, num_experts=4, num_experts_per_tok=2)
-    config._experts_implementation = NAME
-    experts_class = type("Experts", (FP8Experts,), {"__init__": FP8Experts.__init__, "forward": FP8Experts.forward})
-    experts = use_experts_implementation(experts_class, experts_interface=ALL_FP8_EXPERTS_FUNCTIONS)(
-        config,
-        block_size=block_size,
-        activation_scheme=activation_scheme,
-        **more,
-    )
-    g = torch.Generator().manual_seed(0)
-    numbers = {}
-    with torch.no_grad():
-        for name in ("gate_up_proj", "down_proj"):
-            data, scale = getattr(experts, name), getattr(experts, f"{name}_scale_inv")
-            if data.dtype == torch.int8:
-                data.copy_(torch.randint(-128, 128, data.shape, generator=g).to(torch.int8))
-                e2m1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
-                codes = torch.stack([data.view(torch.uint8) & 15, data.view(torch.uint8) >> 4], -1).flatten(-2).long()
-                w = e2m1[codes & 7] * (1 - 2.0 * (codes >> 3))
-                size = 0.03
-            else:
-                data.copy_((torch.randn(data.shape, generator=g) * 50).to(data.dtype))
-                w, size = data.float(), 0.002
-            # Experts differ by a factor, so that a scale of another expert shows.
-            s = torch.rand(scale.shape, generator=g) * size * torch.tensor([1.0, 4.0, 0.25, 2.0]).view(4, 1, 1) + 1e-4
-            if scale.dtype != torch.float32:
-                s = torch.exp2(s.log2().round())
-            scale.copy_(s.to(scale.dtype))
-            rows, columns = w.shape[1] // s.shape[1], w.shape[2] // s.shape[2]
-            numbers[name] = w * s.repeat_interleave(rows, 1).repeat_interleave(columns, 2)
-    return experts, numbers
 
 
 def fp8_expected(x, numbers, weights, ids, inputs, static):
