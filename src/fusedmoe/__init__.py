@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     )
     from fusedmoe.expert_matrix import ExpertMatrix as ExpertMatrix
     from fusedmoe.functional import fused_experts as fused_experts, workspace_bytes as workspace_bytes
+    from fusedmoe.linear import expert_linear as expert_linear
     from fusedmoe.nn import FusedExperts as FusedExperts
     from fusedmoe.quantization import quantize as quantize
     from fusedmoe.routers import (
@@ -57,6 +58,7 @@ _WHERE = {
     "TopK": "fusedmoe.routers",
     "UnsupportedError": "fusedmoe.errors",
     "WorkspaceError": "fusedmoe.errors",
+    "expert_linear": "fusedmoe.linear",
     "fused_experts": "fusedmoe.functional",
     "quantize": "fusedmoe.quantization",
     "reference": "fusedmoe.reference",

@@ -22,14 +22,14 @@ class Call(NamedTuple):
     problem: Problem
     hidden_states: torch.Tensor  #        [T, H]
     w13: torch.Tensor | ExpertMatrix  #   [E, 2I or I, H]
-    w2: torch.Tensor | ExpertMatrix  #    [E, H, I]
-    topk_weights: torch.Tensor  #         [T, top_k]
+    w2: torch.Tensor | ExpertMatrix | None  # [E, H, I]; None where the first GEMM is the whole call
+    topk_weights: torch.Tensor | None  #  [T, top_k]; None with w2
     topk_ids: torch.Tensor  #             [T, top_k] int32 or int64
     w13_bias: torch.Tensor | None  #      [E, 2I or I]
     w2_bias: torch.Tensor | None  #       [E, H]
     expert_map: torch.Tensor | None  #    [E_global] local id or negative
     hidden_states_scale: torch.Tensor | None  # [T or 1, groups] float32, when hidden states are codes
-    out: torch.Tensor | None  #           [T, H]
+    out: torch.Tensor | None  #           [T, H]; [S, I] of the first GEMM alone
     workspace: torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None  # [bytes] uint8, in one piece or in two
 
     def inputs(self) -> Iterator[torch.Tensor]:
@@ -53,11 +53,11 @@ class Call(NamedTuple):
 
     def tokens(self, start: int, stop: int, out: torch.Tensor) -> Call:
         """The call of the tokens ``start .. stop`` alone, with their rows of ``out``."""
-        rows, scale = slice(start, stop), self.hidden_states_scale
+        rows, scale, weights = slice(start, stop), self.hidden_states_scale, self.topk_weights
         return self._replace(
             problem=replace(self.problem, tokens=stop - start),
             hidden_states=self.hidden_states[rows],
-            topk_weights=self.topk_weights[rows],
+            topk_weights=None if weights is None else weights[rows],
             topk_ids=self.topk_ids[rows],
             # One scale may serve all tokens.
             hidden_states_scale=scale if scale is None or scale.shape[0] != self.problem.tokens else scale[rows],

@@ -11,7 +11,7 @@ import torch
 from fusedmoe.call import Call
 from fusedmoe.errors import DeviceError, DTypeError, GradientError, LayoutError, OptionError, ShapeError, explain
 from fusedmoe.expert_matrix import ExpertMatrix
-from fusedmoe.spec.activation import Activation
+from fusedmoe.spec.activation import IDENTITY, Activation
 from fusedmoe.spec.format import ELEMENTS
 from fusedmoe.spec.layout import FP32_PRECISIONS, GATE_UP_LAYOUTS, WEIGHT_LAYOUTS, Matrix
 from fusedmoe.spec.problem import Problem
@@ -214,9 +214,8 @@ def _check_bias(name: str, bias: torch.Tensor | None, w: Experts, meaning: str) 
         _size(name, tuple(bias.shape), tuple(w.shape[:2]), meaning, "Give one row of biases to each expert.")
 
 
-def _check_routing(x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> None:
+def _check_ids(x: torch.Tensor, topk_ids: torch.Tensor) -> None:
     _tensor("topk_ids", topk_ids, "[T, top_k]", 2, _INTEGERS, x.device)
-    _tensor("topk_weights", topk_weights, "[T, top_k]", 2, _FLOATS, x.device)
     n_tokens, top_k = topk_ids.shape
     if n_tokens != x.shape[0]:
         wanted = f"{x.shape[0]}, one for each row of hidden_states"
@@ -225,8 +224,13 @@ def _check_routing(x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.
         raise ShapeError(
             explain("topk_ids", got=f"top_k = {top_k}", wanted=f"1 to {MAX_TOP_K}", do="Check the router.")
         )
-    shape = tuple(topk_weights.shape)
-    _size("topk_weights", shape, (n_tokens, top_k), "the shape of topk_ids", "Pass both as the router returned them.")
+
+
+def _check_routing(x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> None:
+    _check_ids(x, topk_ids)
+    _tensor("topk_weights", topk_weights, "[T, top_k]", 2, _FLOATS, x.device)
+    shapes = tuple(topk_weights.shape), tuple(topk_ids.shape)
+    _size("topk_weights", *shapes, "the shape of topk_ids", "Pass both as the router returned them.")
 
 
 def _check_map(expert_map: torch.Tensor | None, global_num_experts: int | None, w13: Experts) -> None:
@@ -413,3 +417,51 @@ def check(
         out,
         workspace,
     )
+
+
+def check_linear(
+    hidden_states: torch.Tensor,
+    w: Experts,
+    topk_ids: torch.Tensor,
+    *,
+    emulate: bool = False,
+    weight_layout: str = "NK",
+    bias: torch.Tensor | None = None,
+    fp32_precision: str = "ieee",
+) -> Call:
+    """Check every argument of :func:`fusedmoe.expert_linear`; raises what that function documents."""
+    _choice("weight_layout", weight_layout, WEIGHT_LAYOUTS)
+    _choice("fp32_precision", fp32_precision, FP32_PRECISIONS)
+    _tensor("hidden_states", hidden_states, "[T, K]", 2, _FLOATS, None)
+    dtype, stored = hidden_states.dtype, {"NK": "[E, N, K]", "KN": "[E, K, N]"}[weight_layout]
+    _check_matrix("w", w, hidden_states, dtype, weight_layout, stored)
+    if weight_layout == "KN" and isinstance(w, torch.Tensor):
+        w = w.transpose(1, 2)
+    n_experts, n_rows, n_inner = w.shape
+    if not 1 <= n_experts <= MAX_EXPERTS or n_rows < 1 or n_inner < 1:
+        wanted = f"{stored}, 1 to {MAX_EXPERTS} experts, N and K of at least 1"
+        raise ShapeError(explain("w", got=f"[E, N, K] = {tuple(w.shape)}", wanted=wanted, do="Check the checkpoint."))
+    if n_inner != hidden_states.shape[1]:
+        wanted = f"{hidden_states.shape[1]}, the width of hidden_states"
+        do = "Set weight_layout to the way the experts are stored."
+        raise ShapeError(explain("w", got=f"inner size {n_inner}", wanted=wanted, do=do))
+    _check_bias("bias", bias, w, "[E, N]")
+    _check_ids(hidden_states, topk_ids)
+    _check_no_gradient(hidden_states=hidden_states, w=w, bias=bias)
+    problem = Problem(
+        tokens=hidden_states.shape[0],
+        top_k=topk_ids.shape[1],
+        experts=n_experts,
+        hidden=n_inner,
+        intermediate=n_rows,
+        dtype=str(dtype).removeprefix("torch."),
+        activation=IDENTITY,
+        w13_format=w.format if isinstance(w, ExpertMatrix) else None,
+        emulate=bool(emulate),
+        rows_aligned=_aligned(hidden_states),
+        w13=_matrix(w),
+        w13_bias=bias is not None,
+        fp32_precision="tf32" if fp32_precision == "tf32" else "ieee",
+        alone=True,
+    )
+    return Call(problem, hidden_states, w, None, None, topk_ids, bias, None, None, None, None, None)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import bisect
 import functools
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
 
 from fusedmoe import backends
+from fusedmoe.backends.base import Backend
 from fusedmoe.backends.launch import tape_for
 from fusedmoe.backends.workspace import Workspace, layout_bytes
 from fusedmoe.call import Call
@@ -34,7 +36,7 @@ def run(call: Call, plan: Plan, workspace_limit: int | None = None) -> torch.Ten
     n_tokens = call.problem.tokens
     chunk = tokens_at_a_time(call.problem, plan, workspace_limit)
     if chunk == n_tokens:
-        _run(call, plan, out)
+        _take(_layer, call, plan, out)
         return out
     if call.workspace is None:  # one for all chunks, the first of which is the largest
         need = bytes_for(replace(call.problem, tokens=chunk), plan)
@@ -42,16 +44,38 @@ def run(call: Call, plan: Plan, workspace_limit: int | None = None) -> torch.Ten
     for start in range(0, n_tokens, chunk):
         part = call.tokens(start, min(start + chunk, n_tokens), out)
         assert part.out is not None, "rows of out"
-        _run(part, plan, part.out)
+        _take(_layer, part, plan, part.out)
     return out
 
 
-def _run(call: Call, plan: Plan, out: torch.Tensor) -> None:
-    """The four steps; or, of a call like an earlier one, its launches again."""
+def run_alone(call: Call, plan: Plan) -> torch.Tensor:
+    """Run the first GEMM of a checked call; returns its rows [T, top_k, I], zeros where there is no expert."""
+    problem, device = call.problem, call.hidden_states.device
+    shape = (problem.tokens, problem.top_k, problem.intermediate)
+    out = torch.zeros(shape, dtype=getattr(torch, problem.dtype), device=device)
+    if problem.tokens and device.type != "meta":
+        rows = out.view(problem.slots, problem.intermediate)
+        _take(_first_gemm, call._replace(out=rows), plan, rows)
+    return out
+
+
+def _layer(backend: Backend, call: Call, plan: Plan, work: Workspace, out: torch.Tensor) -> None:
+    schedule = backend.route(call, plan, work)
+    hidden = backend.gate_up(call, plan, schedule, work)
+    rows = backend.down(call, plan, schedule, hidden, work)
+    backend.combine(call, plan, schedule, rows, work, out)
+
+
+def _first_gemm(backend: Backend, call: Call, plan: Plan, work: Workspace, out: torch.Tensor) -> None:
+    backend.gate_up(call, plan, backend.route(call, plan, work), work)
+
+
+def _take(steps: Callable[..., None], call: Call, plan: Plan, out: torch.Tensor) -> None:
+    """Take the steps; or, of a call like an earlier one, launch again what they launched."""
     device, tensors = out.device, (*call.inputs(), out)
     tape = None
     if plan.triton is not None and device.type != "cpu":
-        tape = tape_for((call.problem, plan), (*tensors, *call.workspaces()))
+        tape = tape_for((steps, call.problem, plan), (*tensors, *call.workspaces()))
     if tape is not None and tape.whole:
         tape.replay((*tensors, *(call.workspaces() or (torch.empty(tape.n_bytes, dtype=torch.uint8, device=device),))))
         return
@@ -59,10 +83,7 @@ def _run(call: Call, plan: Plan, out: torch.Tensor) -> None:
     layout = backend.workspace_layout(call.problem, plan)
     work = Workspace(layout, device, call.workspace)
     with nullcontext() if tape is None else tape.record((*tensors, *work.buffers), layout_bytes(layout)):
-        schedule = backend.route(call, plan, work)
-        hidden = backend.gate_up(call, plan, schedule, work)
-        rows = backend.down(call, plan, schedule, hidden, work)
-        backend.combine(call, plan, schedule, rows, work, out)
+        steps(backend, call, plan, work, out)
 
 
 def bytes_for(problem: Problem, plan: Plan) -> int:

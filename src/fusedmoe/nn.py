@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fusedmoe.checkpoint import read_experts
+from fusedmoe.checkpoint import ExpertsCheckpoint, read_experts
 from fusedmoe.errors import LayoutError, OptionError, ShapeError, explain
 from fusedmoe.expert_matrix import ExpertMatrix
 from fusedmoe.functional import fused_experts
@@ -219,6 +219,13 @@ class FusedExperts(torch.nn.Module):
             device=device,
             progress=progress,
         )
+        return cls.of_checkpoint(stored, emulate=emulate, backend=backend)
+
+    @classmethod
+    def of_checkpoint(
+        cls, stored: ExpertsCheckpoint, *, emulate: bool = False, backend: str | None = None
+    ) -> FusedExperts:
+        """Experts that hold what :func:`fusedmoe.checkpoint.read_experts` has read, without a copy."""
         return cls.of(
             stored.w13,
             stored.w2,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fusedmoe import experts
-from fusedmoe.checks import check
+from fusedmoe.checks import check, check_linear
 from fusedmoe.expert_matrix import ExpertMatrix
 from fusedmoe.plan.planner import choose
 from fusedmoe.spec.activation import Activation
@@ -34,6 +34,11 @@ _LIBRARY.define(
     "str activation, float? alpha, float? beta, float? limit, float? linear_beta, "
     "str gate_up_layout, str weight_layout, bool apply_router_weight_on_input, "
     "str fp32_precision, str? backend, int? workspace_limit) -> Tensor",
+    tags=(torch.Tag.needs_fixed_stride_order,),
+)
+_LIBRARY.define(
+    "expert_linear(Tensor hidden_states, " + _MATRIX.format("w") + "Tensor topk_ids, Tensor? bias, "
+    "str weight_layout, bool emulate, str fp32_precision, str? backend) -> Tensor",
     tags=(torch.Tag.needs_fixed_stride_order,),
 )
 
@@ -121,5 +126,26 @@ def _fake(hidden_states: Tensor, *arguments: Any) -> Tensor:
     return torch.empty(hidden_states.shape, dtype=dtype, device=hidden_states.device)
 
 
+def _expert_linear(hidden_states: Tensor, *arguments: Any) -> Tensor:
+    topk_ids, bias, weight_layout, emulate, fp32_precision, backend = arguments[7:]
+    call = check_linear(
+        hidden_states,
+        _matrix(*arguments[:7]),
+        topk_ids,
+        bias=bias,
+        weight_layout=weight_layout,
+        emulate=emulate,
+        fp32_precision=fp32_precision,
+    )
+    return experts.run_alone(call, choose(call.problem, target_of(hidden_states.device), backend))
+
+
+def _fake_linear(hidden_states: Tensor, w: Tensor, *arguments: Any) -> Tensor:
+    n_rows = w.shape[1 if arguments[8] == "NK" else 2]
+    return hidden_states.new_empty(*arguments[6].shape, n_rows)
+
+
 _LIBRARY.impl("fused_experts", _fused_experts, "CompositeExplicitAutograd")
 torch.library.register_fake("fusedmoe::fused_experts", _fake, lib=_LIBRARY)
+_LIBRARY.impl("expert_linear", _expert_linear, "CompositeExplicitAutograd")
+torch.library.register_fake("fusedmoe::expert_linear", _fake_linear, lib=_LIBRARY)

@@ -26,7 +26,7 @@ class Backend(Protocol):
         """Sort the live slots by expert; ids outside [0, n_global), or unmapped, get no row."""
 
     def gate_up(self, call: Call, plan: Plan, schedule: Any, work: Workspace) -> Any:
-        """First GEMM with bias and activation: hidden rows of width I."""
+        """First GEMM with bias and activation: hidden rows of width I; alone, into ``call.out`` by slot."""
 
     def down(self, call: Call, plan: Plan, schedule: Any, hidden: Any, work: Workspace) -> Any:
         """Second GEMM with bias and router weight: rows of width H."""

@@ -85,7 +85,7 @@ def route(call: Call, plan: Plan, work: Workspace) -> _Schedule:
 
 
 def gate_up(call: Call, plan: Plan, schedule: _Schedule, work: Workspace) -> Tensor:
-    """Activated rows [R, I]; float32 where they are about to be quantised."""
+    """Activated rows [R, I]; float32 where they are about to be quantised. Alone, each row goes to its slot of out."""
     problem, x = call.problem, _inputs(call, schedule)
     x = x.expand(schedule.slot.numel(), -1) if problem.tokens == 1 else x[schedule.slot // problem.top_k]
     products = _multiply(x, call.w13, schedule, problem)
@@ -95,15 +95,20 @@ def gate_up(call: Call, plan: Plan, schedule: _Schedule, work: Workspace) -> Ten
     for piece in _pieces(products.shape[0], problem.w13_rows):
         h = products[piece].to(wide)
         if problem.weight_on_input:
+            assert call.topk_weights is not None, "a whole layer has router weights"
             h = h * call.topk_weights.reshape(-1, 1)[schedule.slot[piece]].to(wide)
         if call.w13_bias is not None:
             h = h + call.w13_bias[schedule.expert[piece]].to(wide)
         hidden[piece] = activate(h, problem.activation, problem.gate_up)
+    if problem.alone:
+        assert call.out is not None, "made with the call"
+        call.out[schedule.slot] = hidden
     return hidden
 
 
 def down(call: Call, plan: Plan, schedule: _Schedule, hidden: Tensor, work: Workspace) -> Tensor:
     """Products [R, H]. Bias and router weight wait for :func:`combine`, which has the rows in cache."""
+    assert call.w2 is not None, "a whole layer has a second matrix"
     rows = _multiply(_dequantised(hidden, call.w2), call.w2, schedule, call.problem)
     return rows.to(getattr(torch, call.problem.dtype))
 
@@ -115,7 +120,10 @@ def combine(call: Call, plan: Plan, schedule: _Schedule, rows: Tensor, work: Wor
         out.zero_()
         return
     wide = _wide(rows.dtype)
-    weights = None if problem.weight_on_input else call.topk_weights.to(wide).reshape(-1, 1)
+    weights = None
+    if not problem.weight_on_input:
+        assert call.topk_weights is not None, "a whole layer has router weights"
+        weights = call.topk_weights.to(wide).reshape(-1, 1)
     for tokens in _pieces(problem.tokens, problem.top_k * problem.hidden):
         slots = slice(tokens.start * problem.top_k, tokens.stop * problem.top_k)
         row = schedule.row[slots]
@@ -153,7 +161,7 @@ def _pieces(n_rows: int, width: int) -> Iterator[slice]:
         yield slice(start, min(start + step, n_rows))
 
 
-def _quantises_rows(w: Tensor | ExpertMatrix) -> bool:
+def _quantises_rows(w: Tensor | ExpertMatrix | None) -> bool:
     return isinstance(w, ExpertMatrix) and w.format.inputs is not None
 
 

@@ -113,8 +113,8 @@ def workspace_layout(problem: Problem, plan: Plan) -> Layout:
     dtype = getattr(torch, problem.dtype)
     slots = problem.slots
     how = _plan(plan)
-    layout: Layout = {"rows": ((slots, _row_stride(problem.hidden, dtype)), dtype)}
-    if how.requantise != "epilogue":
+    layout: Layout = {} if problem.alone else {"rows": ((slots, _row_stride(problem.hidden, dtype)), dtype)}
+    if how.requantise != "epilogue" and not problem.alone:
         layout["hidden"] = ((slots, _row_stride(problem.intermediate, dtype)), dtype)
     tokens_type = dtype
     if how.gate_up.words:
@@ -239,7 +239,7 @@ def route(call: Call, plan: Plan, work: Workspace) -> _Schedule:
 
 
 def gate_up(call: Call, plan: Plan, schedule: _Schedule, work: Workspace) -> Rows:
-    """Rows of the intermediate [S, I], activated; a row of an absent slot is never written."""
+    """Rows of the intermediate [S, I], activated, alone at their slots; a row of an absent slot is never written."""
     problem, how = call.problem, _plan(plan)
     first, after = _overlap(plan)
     options = {"WAIT": overlap.nothing, **first} if how.few else after
@@ -344,6 +344,9 @@ def _tokens_as_codes(
 
 def _hidden(how: TritonPlan, inputs: Inputs | None, call: Call, work: Workspace) -> tuple[Output, dict[str, Any]]:
     """Where gate-up writes, and its STORE policy."""
+    if call.problem.alone:
+        assert call.out is not None, "made with the call"
+        return Output(call.out, call.out.stride(0), tl.constexpr(True)), _PLAIN
     by_slot = tl.constexpr(False)
     order = arrange.as_they_are if how.requantise == "kernel" else order_of(call.problem.down_gemm, how.down)
     plain = {**_PLAIN, "ARRANGE": order}
@@ -367,7 +370,8 @@ def _hidden(how: TritonPlan, inputs: Inputs | None, call: Call, work: Workspace)
 def _hidden_rows(how: TritonPlan, inputs: Inputs | None, call: Call, work: Workspace) -> Rows:
     """What the down GEMM reads."""
     if inputs is None:
-        hidden = work["hidden"]
+        hidden = call.out if call.problem.alone else work["hidden"]
+        assert hidden is not None, "made with the call"
         return Rows(*flat(hidden), None)
     codes, scale = work["hidden_codes"], work["hidden_scale"]
     x = Rows(*flat(codes), None)
@@ -381,6 +385,7 @@ def down(call: Call, plan: Plan, schedule: _Schedule, hidden: Rows, work: Worksp
     """Rows of the output [S, H] by slot, weighted; a row of an absent slot is never written."""
     problem = call.problem
     rows = work["rows"]
+    assert call.w2 is not None, "a whole layer has a second matrix"
     e = _with_bias(call.w2_bias)
     if not problem.weight_on_input:
         e = _with_router_weight(e, call)
@@ -451,6 +456,7 @@ def _with_bias(bias: torch.Tensor | None) -> Epilogue:
 
 def _with_router_weight(e: Epilogue, call: Call) -> Epilogue:
     weights = call.topk_weights
+    assert weights is not None, "a whole layer has router weights"
     return e._replace(
         weight=weights,
         weight_stride_t=weights.stride(0),

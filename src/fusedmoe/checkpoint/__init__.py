@@ -27,13 +27,13 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from fusedmoe.checkpoint import models
 from fusedmoe.checkpoint.assembly import Source, check_range, cut, read_bias, read_matrix
-from fusedmoe.checkpoint.files import EMBEDDING, FLOATS, LAYER, error, open_checkpoint, some
+from fusedmoe.checkpoint.files import EMBEDDING, FLOATS, LAYER, Files, Tensors, error, open_checkpoint, some
 from fusedmoe.checkpoint.models import RoutingRule
 from fusedmoe.checkpoint.progress import ticks
 from fusedmoe.checkpoint.stored import find_layer
@@ -190,26 +190,57 @@ def read_experts(
     """
     _check_dtype(dtype)
     with open_checkpoint(directory) as files:
-        config = files.config
-        stored = find_layer(files, files.block(layer))
-        activation = models.activation_of(config, gated=stored.gated)
-        chosen = check_range("experts", experts, stored.experts)
-        wanted = check_range("intermediate", intermediate, stored.intermediate)
-        stored.check(chosen)
-        plan = cut(stored, wanted)
-        down = (Source(stored.w2, range(stored.hidden), range(stored.hidden)),)
-        with ticks(progress, 2 * len(chosen), f"layer {layer}") as tick:
-            w13 = read_matrix(
-                *(plan.w13, range(stored.hidden), chosen),
-                block=plan.w13_block,
-                parts=plan.parts,
-                dtype=dtype,
-                device=device,
-                tick=tick,
-            )
-            w2 = read_matrix(*(down, plan.columns, chosen), block=plan.w2_block, dtype=dtype, device=device, tick=tick)
-        w13_bias = read_bias(plan.w13, chosen, dtype=dtype, device=device)
-        w2_bias = read_bias(down, chosen, dtype=dtype, device=device) if wanted.start == 0 else None
+        return _read(files, layer, experts, intermediate, dtype, device, progress)
+
+
+def experts_of_module(
+    module: torch.nn.Module, name: str, config: dict[str, Any], *, device: str | torch.device
+) -> ExpertsCheckpoint:
+    """The experts of a layer from the quantised modules of a model in memory, by the same namings and methods.
+
+    Args:
+        module: the mixture; its tensors are named as in a checkpoint from ``experts.`` on.
+        name: of the mixture in its model, which quantization_config may speak of; it has the number of the layer.
+        config: what config.json of the model would say.
+        device: where the result lies.
+
+    Raises:
+        CheckpointError: as :func:`read_experts`.
+    """
+    layer = LAYER.match(f"{name}.")
+    files = Tensors({f"{name}.{key}": tensor for key, tensor in module.state_dict().items()}, config)
+    return _read(files, int(layer[1]) if layer else 0, None, None, None, device, progress=False)
+
+
+def _read(
+    files: Files,
+    layer: int,
+    experts: tuple[int, int] | None,
+    intermediate: tuple[int, int] | None,
+    dtype: torch.dtype | None,
+    device: str | torch.device,
+    progress: bool | None,
+) -> ExpertsCheckpoint:
+    config = files.config
+    stored = find_layer(files, files.block(layer))
+    activation = models.activation_of(config, gated=stored.gated)
+    chosen = check_range("experts", experts, stored.experts)
+    wanted = check_range("intermediate", intermediate, stored.intermediate)
+    stored.check(chosen)
+    plan = cut(stored, wanted)
+    down = (Source(stored.w2, range(stored.hidden), range(stored.hidden)),)
+    with ticks(progress, 2 * len(chosen), f"layer {layer}") as tick:
+        w13 = read_matrix(
+            *(plan.w13, range(stored.hidden), chosen),
+            block=plan.w13_block,
+            parts=plan.parts,
+            dtype=dtype,
+            device=device,
+            tick=tick,
+        )
+        w2 = read_matrix(*(down, plan.columns, chosen), block=plan.w2_block, dtype=dtype, device=device, tick=tick)
+    w13_bias = read_bias(plan.w13, chosen, dtype=dtype, device=device)
+    w2_bias = read_bias(down, chosen, dtype=dtype, device=device) if wanted.start == 0 else None
     try:
         rule = models.rule_of(config)
     except CheckpointError:  # the experts are usable with any routing; read_router says what is wrong

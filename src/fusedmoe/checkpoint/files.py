@@ -217,6 +217,37 @@ class Files:
         return next(iter(blocks[layer]))
 
 
+class Tensors(Files):
+    """The tensors of a module, as if they lay in a directory with this configuration."""
+
+    def __init__(self, tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
+        self.directory = Path("memory")
+        self.config = config
+        self._tensors = tensors
+        self._file_of = dict.fromkeys(tensors, "")
+
+    def header(self, name: str) -> tuple[tuple[int, ...], str]:
+        """Shape and type, as safetensors names it; others by torch's name."""
+        tensor = self._tensors[name]
+        return tuple(tensor.shape), _KINDS.get(tensor.dtype, str(tensor.dtype))
+
+    def read(self, name: str, index: tuple[int | slice, ...] = ()) -> torch.Tensor:
+        """``tensor[index]`` on the CPU, where words are taken apart."""
+        return self._tensors[name].detach()[index].cpu()
+
+
+_KINDS = {
+    **{dtype: kind for kind, dtype in FLOATS.items()},
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.int32: "I32",
+    torch.int64: "I64",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e4m3fnuz: "F8_E4M3FNUZ",
+    torch.float8_e8m0fnu: "F8_E8M0",
+}
+
+
 def _safetensors() -> Any:
     try:
         import safetensors

@@ -60,6 +60,11 @@ def relu2_no_mul(x, p):
 
 
 @triton.jit
+def identity_no_mul(x, p):
+    return x
+
+
+@triton.jit
 def silu(gate, up, p):
     if p.limit is not None:
         gate = _at_most(gate, p.limit)

@@ -22,6 +22,7 @@ TABLE: dict[str, tuple[int, dict[str, object]]] = {
     "gelu_no_mul": (1, {}),
     "gelu_tanh_no_mul": (1, {}),
     "relu2_no_mul": (1, {}),
+    "identity_no_mul": (1, {}),
 }
 
 
@@ -45,6 +46,7 @@ class Activation:
     gelu_no_mul         g/2 (1 + erf(g / sqrt 2))
     gelu_tanh_no_mul    as gelu_tanh, without u
     relu2_no_mul        max(g, 0)^2
+    identity_no_mul     g
     ==================  =========================================================================
 
     Whether gate and up rows are stored concatenated or interleaved is no part of the activation:
@@ -142,3 +144,7 @@ class Activation:
                 )
             )
         return cls(value)
+
+
+#: Of a matrix alone, which has none.
+IDENTITY = Activation("identity_no_mul")

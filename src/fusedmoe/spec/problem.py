@@ -72,6 +72,7 @@ class Problem:
     expert_map: bool = False
     known_experts: int = 0  # that ids may name, by way of the map; 0 without one
     fp32_precision: Fp32Precision = "ieee"
+    alone: bool = False  # the first GEMM is the whole call: its rows, each at its slot, are the output
 
     @property
     def slots(self) -> int:
