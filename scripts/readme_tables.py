@@ -185,7 +185,7 @@ def performance() -> str:
 def replaced(readme: str) -> str:
     """The README's text with fresh tables between its markers."""
     for name, table in (("supported", supported()), ("performance", performance())):
-        begin, end = f"<!-- {name}:start -->", f"<!-- {name}:end -->"
+        begin, end = f"<!-- --8<-- [start:{name}] -->", f"<!-- --8<-- [end:{name}] -->"
         before, rest = readme.split(begin)
         _, after = rest.split(end)
         readme = f"{before}{begin}\n{table}\n{end}{after}"

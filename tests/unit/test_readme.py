@@ -32,7 +32,7 @@ def test_a_stale_table_is_noticed():
 
 
 def test_markers_of_the_performance_table_are_there_once():
-    assert README.count("<!-- performance:start -->") == README.count("<!-- performance:end -->") == 1
+    assert README.count("[start:performance] -->") == README.count("[end:performance] -->") == 1
 
 
 def test_every_scheme_has_a_row_and_every_measured_one_a_table(monkeypatch, tmp_path):
