@@ -138,10 +138,7 @@ class Experts:
 
     def kernels(self) -> backends.base.Transit:
         """What the backend does to rows that travel."""
-        target = target_of(self.device)
-        name = settings().backend if self.backend is None else self.backend
-        on_device = target.triton and (target.vendor != "cpu" or target.interpret)
-        return backends.load_transit("triton" if on_device and name != "torch" else "torch")
+        return transit_of(self.device, self.backend)
 
     def encode(self, hidden_states: Tensor) -> tuple[Tensor, Tensor | None]:
         """Codes and scales of rows as the layer itself would make them, so that less has to travel.
@@ -338,6 +335,14 @@ def _bytes(name: str, buffer: Tensor) -> Tensor:
         do = "Allocate what Experts.workspace_shapes says."
         raise WorkspaceError(explain(name, got=got, wanted="a contiguous tensor", do=do))
     return buffer.view(-1).view(torch.uint8)
+
+
+def transit_of(device: torch.device, backend: str | None = None) -> backends.base.Transit:
+    """What a backend (None: that of the process) does to rows that travel."""
+    target = target_of(device)
+    on_device = target.triton and (target.vendor != "cpu" or target.interpret)
+    name = settings().backend if backend is None else backend
+    return backends.load_transit("triton" if on_device and name != "torch" else "torch")
 
 
 def run(path: PrepareFinalize, layer: Experts, hidden_states: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:

@@ -12,7 +12,15 @@ import torch
 import fusedmoe
 from fusedmoe import backends
 from fusedmoe.bench.routing import draw_routing
-from fusedmoe.errors import GradientError, OptionError, ParallelError, ShapeError, UnsupportedError
+from fusedmoe.errors import (
+    DeviceError,
+    DTypeError,
+    GradientError,
+    OptionError,
+    ParallelError,
+    ShapeError,
+    UnsupportedError,
+)
 from fusedmoe.modular import Experts, run
 from fusedmoe.parallel import ExpertParallel, Placement, TensorParallel, intermediate_slice
 from fusedmoe.schemes import format_of
@@ -318,6 +326,20 @@ def one_rank_errs(what, how):
             x = x[:, :-1]
         elif what == "more tokens":
             x, weights, ids = (torch.cat((t, t)) for t in (x, weights, ids))
+        elif what == "list":
+            ids = ids.tolist()
+        elif what == "device":
+            weights = weights.to("meta")
+        elif what == "ids":
+            ids = ids.float()
+        elif what == "weights":
+            weights = weights.int()
+        elif what == "type":
+            x = x.half()
+        elif what == "choices":
+            ids = ids[:, :-1]
+        elif what == "out":
+            return parallel(x, weights, ids, out=x.half())
         elif what == "gradient":
             x = x.clone().requires_grad_()
         elif what == "experts":
@@ -333,6 +355,13 @@ def one_rank_errs(what, how):
         ("shape", ShapeError, f"hidden_states: got (37, {H - 1}); wanted [T, {H}]"),
         ("gradient", GradientError, "requires grad"),
         ("experts", OptionError, "'swish'"),
+        ("list", DTypeError, "topk_ids: got list; wanted a torch.Tensor"),
+        ("device", DeviceError, "topk_weights: got meta; wanted cpu"),
+        ("ids", DTypeError, "topk_ids: got torch.float32; wanted int32 or int64"),
+        ("weights", DTypeError, "topk_weights: got torch.int32; wanted a float type"),
+        ("type", DTypeError, "hidden_states: got torch.float16; wanted torch.float32"),
+        ("choices", ShapeError, f"topk_ids: got (37, {K - 1}); wanted (37, {K})"),
+        ("out", ShapeError, f"out: got (37, {H}) torch.float16; wanted (37, {H}) torch.float32"),
         ("more tokens", OptionError, "74 tokens; wanted at most max_tokens = 37"),
     ],
 )

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -91,6 +97,16 @@ def test_transformers_feeds_the_layer(two, name):
             assert 0.0 in unique
         else:
             assert shape[1] == 1 and largest < E // 2 and unique == [1.0], "one choice each, of weight one"
+
+
+def test_the_example_runs():
+    example = Path(__file__).parents[2] / "examples" / "expert_parallel.py"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(example)]
+    hidden = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(torchrun, check=True, capture_output=True, text=True, env=hidden, timeout=100)
+    found = re.search(r"2 ranks, 16 experts on cpu: largest relative difference (\S+)", done.stdout)
+    assert found is not None, done.stdout
+    assert float(found[1]) < 1e-6
 
 
 # --- DeepEP ---------------------------------------------------------------------------------------------------------
