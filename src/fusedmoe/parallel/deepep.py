@@ -85,7 +85,14 @@ class DeepEPLowLatency:
         )
         rows, scale = received if travels else (received, None)
         state = (ids, topk_weights.float(), handle)
-        return Prepared(rows, None, None, scale, counts, dtype=hidden_states.dtype, state=state)
+        # Room for all tokens of all ranks, of which each expert gets its share.
+        expected = max(1, self.max_tokens * self.buffer.group_size * ids.shape[1] // self.num_experts)
+        return Prepared(
+            *(rows, None, None, scale, counts),
+            expected_rows=expected,
+            dtype=hidden_states.dtype,
+            state=state,
+        )
 
     def finalize(self, output: Tensor, prepared: Prepared) -> Tensor:
         """Combine: rows are weighed and added."""
