@@ -11,6 +11,7 @@ from fusedmoe.modular import Batched, Experts, Standard, run
 from fusedmoe.numerics import quantise_inputs
 from fusedmoe.schemes import format_of
 from fusedmoe.settings import settings
+from fusedmoe.target import KNOWN
 from fusedmoe.testing.cases import Case
 from fusedmoe.testing.verify import expected, relative_error
 
@@ -116,6 +117,13 @@ def test_rows_are_encoded_as_by_definition(index):
     empty, no_scale = layer.encode(x[:0])
     assert empty.shape == (0, x.shape[1])
     assert no_scale.shape == (0, scale.shape[1])
+
+
+def test_a_device_without_such_codes_never_sees_them(monkeypatch):
+    (x, _, _), layer, _ = layer_of(CASES[1], "triton")
+    monkeypatch.setattr(backends.load_transit("triton"), "target_of", lambda device: KNOWN["sm_80"])
+    got, want = layer.encode(x), backends.load_transit("torch").encode(x, layer.inputs, None)
+    assert all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(got, want, strict=True))
 
 
 @pytest.mark.parametrize("kind", ["triton", "torch"])
