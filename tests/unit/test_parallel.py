@@ -10,7 +10,6 @@ import pytest
 import torch
 
 import fusedmoe
-from fusedmoe import backends
 from fusedmoe.bench.routing import draw_routing
 from fusedmoe.errors import (
     DeviceError,
@@ -205,73 +204,6 @@ def test_the_transport_is_a_prepare_and_a_finalize_step(two):
     assert two.run(by_steps) == [True, True]
 
 
-# --- where tokens go ------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("capacity", [None, 11])
-def test_a_token_goes_to_a_rank_once(capacity):
-    torch.manual_seed(0)
-    table = Placement.contiguous(12, 4).table(torch.device("cpu"))
-    places = torch.randint(-2, 13, (11, 5))
-    found = backends.load_transit("torch").sends(places, table, 2, capacity)
-    places = places.masked_fill(places >= 12, -1)
-    tokens = [[t for t in range(11) if any(p >= 0 and p // 3 == r for p in places[t].tolist())] for r in range(4)]
-    assert found.counts.tolist() == [len(one) for one in tokens]
-    starts = [sum(map(len, tokens[:r])) if capacity is None else r * capacity for r in range(4)]
-    for start, one in zip(starts, tokens, strict=True):
-        assert found.token[start : start + len(one)].tolist() == one
-    assert found.token.min() >= 0 and found.token.max() < 11
-    for t in range(11):
-        seen = []
-        for j, place in enumerate(places[t].tolist()):
-            rank = place // 3
-            if place < 0 or rank in seen:
-                assert found.answer[t, j] == -1
-            else:
-                seen.append(rank)
-                assert found.answer[t, j] == starts[rank] + tokens[rank].index(t)
-
-
-def test_copies_are_chosen_evenly_and_alike_in_every_run():
-    table = HOT.table(torch.device("cpu"))
-    ids = torch.full((3000, 1), 8)
-
-    def choose(ids, rank):
-        return backends.load_transit("torch").sends(ids, table, rank, None).places
-
-    for stride in (1, 2, 3, 6):  # whichever tokens an expert gets
-        places = choose(ids, 0)[::stride]
-        counts = torch.bincount(places.flatten() // HOT.places, minlength=4)
-        assert counts[2] == 0
-        share_of_each = counts[[0, 1, 3]] / places.numel()
-        assert (share_of_each - 1 / 3).abs().max() < 0.05
-    assert torch.equal(choose(ids, 1), choose(ids, 1))
-    assert (choose(ids, 1) != choose(ids, 0)).any(), "ranks do not all start with the same copy"
-    single = choose(torch.tensor([[5, -1, 9, 2**40]]), 3)
-    assert single.tolist() == [[2 * HOT.places, -1, -1, -1]]
-
-
-@pytest.mark.parametrize(
-    ("experts", "words"),
-    [
-        ((), ["placement", "every expert"]),
-        (((0, 2),), ["no rank with expert 1"]),
-        (((0, 1), (1, 1)), ["rank 1", "(1, 1)"]),
-        (((0, -1),), ["placement", "-1"]),
-    ],
-)
-def test_placements_that_are_none(experts, words):
-    with pytest.raises(OptionError) as raised:
-        Placement(experts)
-    for word in [*words, "got", "wanted"]:
-        assert word in str(raised.value)
-
-
-def test_contiguous_placements_are_even():
-    assert Placement.contiguous(7, 3).experts == ((0, 1, 2), (3, 4), (5, 6))
-    assert Placement.contiguous(2, 4).experts == ((0,), (1,), (), ())
-
-
 # --- tensor parallelism ---------------------------------------------------------------------------------------------
 
 
@@ -299,6 +231,23 @@ def test_slices_of_the_intermediate_add_up(ranks, case):
         # Each rank's part and each sum of two is rounded.
         assert relative_error(got, want) < (5e-7 if case.dtype == "float32" else len(results) * 2.0**-8)
         assert torch.equal(got, results[0][0])
+
+
+def both_ways():
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (2, 2), mesh_dim_names=("tp", "ep"))
+    slice_, expert = mesh.get_local_rank("tp"), mesh.get_local_rank("ep")
+    (x, weights, ids), layer = drawn(replace(CASE, bias=True))
+    local = share(layer, Placement.contiguous(E, 2).experts[expert])
+    local = intermediate_slice(local, I // 2 * slice_, I // 2 * (slice_ + 1))
+    parallel = TensorParallel(mesh["tp"], ExpertParallel(mesh["ep"], local, top_k=K))
+    rows = slice(0, 20) if expert == 0 else slice(20, 37)
+    got = parallel(x[rows], weights[rows], ids[rows])
+    return got, fusedmoe.fused_experts(x, layer.w13, layer.w2, weights, ids, **layer.options)[rows]
+
+
+def test_slices_of_experts_of_several_ranks(four):
+    for got, want in four.run(both_ways):
+        assert relative_error(got, want) < 5e-7
 
 
 @pytest.mark.parametrize("cut", [(-1, 4), (4, 4), (0, I + 1)])

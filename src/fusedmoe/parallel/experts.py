@@ -145,11 +145,12 @@ class ExpertParallel:
             path.send(part)
         for part in parts:
             output, error = self._apply(part, error, gradients=gradients)
-            if not _capturing(self.device):
-                self.control.agree(error, "running the experts")
-            elif error is not None:
-                raise error
-            path.send_back(part, output)
+            path.send_back(part, output)  # whatever is in it after an error: nobody will read it
+        # On the host, beside the work of a GPU.
+        if not _capturing(self.device):
+            self.control.agree(error, "running the experts")
+        elif error is not None:
+            raise error
         assert out is not None, "an error was raised before"
         for part, rows in zip(parts, self._split(out), strict=True):
             path.reduce(part, rows[0])
