@@ -34,25 +34,34 @@ CASE = Case(tokens=37, top_k=K, experts=E, hidden=H, intermediate=I, dtype="floa
 HOT = Placement(((0, 1, 2, 8), (3, 4, 8), (5, 6), (7, 8)))
 
 
-@pytest.fixture(scope="module", params=[2, 4])
-def ranks(request):
-    pool = Ranks(request.param)
-    yield pool
-    pool.close()
-
-
 @pytest.fixture(scope="module")
-def four():
-    pool = Ranks(4)
+def pools():
+    """Ranks by their number, started when first asked for."""
+    started = {}
+
+    def pool(n_ranks):
+        if n_ranks not in started:
+            started[n_ranks] = Ranks(n_ranks)
+        return started[n_ranks]
+
     yield pool
-    pool.close()
+    for one in started.values():
+        one.close()
 
 
-@pytest.fixture(scope="module")
-def two():
-    pool = Ranks(2)
-    yield pool
-    pool.close()
+@pytest.fixture(params=[2, 4])
+def ranks(pools, request):
+    return pools(request.param)
+
+
+@pytest.fixture
+def four(pools):
+    return pools(4)
+
+
+@pytest.fixture
+def two(pools):
+    return pools(2)
 
 
 # --- what the ranks run ---------------------------------------------------------------------------------------------
