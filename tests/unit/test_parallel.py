@@ -200,6 +200,27 @@ def test_no_tokens_at_all(ranks, how):
     assert all(out.shape == (0, H) for out in ranks.run(no_tokens, how))
 
 
+def of_a_module():
+    """Experts as a checkpoint is read: with a map from all ids, in whose place come those of the dispatch."""
+    (x, weights, ids), layer = drawn(CASE)
+    rank, n_ranks = me()
+    placement = Placement.contiguous(E, n_ranks)
+    own = list(placement.experts[rank])
+    expert_map = torch.full((E,), -1)
+    expert_map[own] = torch.arange(len(own))
+    module = fusedmoe.FusedExperts.of(layer.w13[own], layer.w2[own], expert_map=expert_map)
+    part = mine((x, weights, ids), n_ranks, rank)
+    got = ExpertParallel(None, module, top_k=K)(*part)  # placed by how many each rank has
+    parts = [torch.zeros_like(x) for _ in range(n_ranks)]
+    torch.distributed.all_gather(parts, module(x, weights, ids))
+    return got, mine((sum(parts),), n_ranks, rank)[0]
+
+
+def test_modules_of_experts(ranks):
+    for got, want in ranks.run(of_a_module):
+        assert relative_error(got, want) < 5e-7
+
+
 def by_steps():
     (x, weights, ids), layer = drawn(CASE, "uniform")
     rank, n_ranks = me()
@@ -374,6 +395,18 @@ def test_ranks_that_do_not_fit_together(two, what, own, other):
     assert own in str(outcomes[1])
     assert (other or own) in str(outcomes[0])
     assert isinstance(outcomes[0], ParallelError if other else OptionError)
+
+
+def two_static_scales():
+    forms = (format_of("fp8_channel", inputs="static"),) * 2
+    _, layer = drawn(Case(tokens=3, top_k=1, experts=2, hidden=64, intermediate=64, formats=forms))
+    layer.w13.input_scale *= 1 + me()[0]
+    ExpertParallel(None, share(layer, [me()[0]]), top_k=1)
+
+
+def test_given_scales_of_rows_must_agree(two):
+    outcomes = two.outcomes(two_static_scales)
+    assert all("static of ExpertParallel: got" in str(one) for one in outcomes)
 
 
 def one_scale_for_all():
