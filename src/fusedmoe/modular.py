@@ -11,7 +11,7 @@ all three. Two activation formats lie between them:
 
 * standard: rows [T, H] with ids and weights [T, top_k]. The output [T, H] is weighted and reduced.
 * batched: rows [E, T_max, H] with the number of rows of each expert, on the device. The output [E, T_max, H] is neither
-  weighted nor reduced; rows past an expert's count may hold anything, are not read, and are 0 in the output.
+  weighted nor reduced; rows past an expert's count are not read, and may hold anything in the output too.
 """
 
 from __future__ import annotations
@@ -187,7 +187,7 @@ class Experts:
             options = {**self.options, "expert_map": expert_map}
             x, weights, ids, scale = self._stand_ins(n_tokens, top_k, dtype, codes=codes)
             call = check(x, self.w13, self.w2, weights, ids, hidden_states_scale=scale, dtype=kind, **options)
-            problem = _expecting(call.problem, expected_rows)
+            problem = _expecting(call.problem, expected_rows, sparse=batched)
             return problem, choose(problem, target_of(self.device), self.backend)
 
         problem, plan = planned(rows)
@@ -255,7 +255,7 @@ class Experts:
             out=output_rows,
             **options,
         )
-        call = call._replace(problem=_expecting(call.problem, expected_rows))
+        call = call._replace(problem=_expecting(call.problem, expected_rows, sparse=counts is not None))
         plan = choose(call.problem, target_of(self.device), self.backend)
         if workspace13 is not None and workspace2 is not None:
             call = call._replace(workspace=(_bytes("workspace13", workspace13), _bytes("workspace2", workspace2)))
@@ -331,8 +331,9 @@ class Experts:
         return layout_bytes(first), layout_bytes(second)
 
 
-def _expecting(problem: Problem, expected_rows: int | None) -> Problem:
-    """The problem whose mean of rows is the expected one."""
+def _expecting(problem: Problem, expected_rows: int | None, *, sparse: bool) -> Problem:
+    """The problem of such rows, and whose mean of rows is the expected one."""
+    problem = replace(problem, sparse=True) if sparse else problem
     if expected_rows is None:
         return problem
     if not isinstance(expected_rows, int) or expected_rows < 1:
