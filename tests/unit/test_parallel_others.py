@@ -19,6 +19,7 @@ from fusedmoe.expert_matrix import ExpertMatrix
 from fusedmoe.modular import Experts, run
 from fusedmoe.numerics import quantise_inputs
 from fusedmoe.parallel import DeepEP, DeepEPLowLatency
+from fusedmoe.parallel.deepep import _as_codes
 from fusedmoe.schemes import format_of
 from fusedmoe.spec.format import Inputs
 from fusedmoe.testing.cases import Case
@@ -221,6 +222,13 @@ def test_deepep(two, kind, formats):
         assert got.dtype == torch.bfloat16
         # Each rank's part, or each expert's, is rounded once more.
         assert relative_error(got, want) < 2.0**-7
+
+
+@pytest.mark.parametrize(("hidden", "travels"), [(256, True), (192, False)])
+def test_deepep_moves_codes_of_whole_groups(hidden, travels):
+    w13, w2 = torch.randn(2, 128, hidden), torch.randn(2, hidden, 64)
+    layer = Experts(fusedmoe.quantize(w13, "fp8_block", parts=2), fusedmoe.quantize(w2, "fp8_block"))
+    assert _as_codes(layer) is travels
 
 
 class One:

@@ -102,9 +102,13 @@ class DeepEPLowLatency:
 
 
 def _as_codes(layer: Experts) -> bool:
-    """The codes that DeepEP moves are those of the scheme."""
+    """The codes that DeepEP moves are those of the scheme; it moves whole groups alone."""
     inputs = layer.inputs
-    return inputs is not None and (inputs.element, inputs.mode, inputs.group) == ("e4m3", "group", GROUP)
+    return (
+        layer.hidden_size % GROUP == 0
+        and inputs is not None
+        and (inputs.element, inputs.mode, inputs.group) == ("e4m3", "group", GROUP)
+    )
 
 
 def _check(layer: Experts, hidden_states: Tensor, num_experts: int, ranks: int) -> None:
