@@ -11,7 +11,7 @@ all three. Two activation formats lie between them:
 
 * standard: rows [T, H] with ids and weights [T, top_k]. The output [T, H] is weighted and reduced.
 * batched: rows [E, T_max, H] with the number of rows of each expert, on the device. The output [E, T_max, H] is neither
-  weighted nor reduced; rows past an expert's count may hold anything, are not read, and are 0 in the output.
+  weighted nor reduced; rows past an expert's count are not read, and may hold anything in the output too.
 """
 
 from __future__ import annotations
@@ -55,6 +55,7 @@ class Prepared(NamedTuple):
         hidden_states_scale: of hidden states that are codes.
         counts: [E] int32 or int64, rows of each expert, on the device.
         expert_map: what ids stand for, when not the experts' own map.
+        expected_rows: see :meth:`Experts.apply`.
         dtype: type of the layer.
         state: what the finalize step wants to know.
     """
@@ -65,6 +66,7 @@ class Prepared(NamedTuple):
     hidden_states_scale: Tensor | None = None
     counts: Tensor | None = None
     expert_map: Tensor | None = None
+    expected_rows: int | None = None
     dtype: torch.dtype | None = None
     state: Any = None
 
@@ -138,10 +140,7 @@ class Experts:
 
     def kernels(self) -> backends.base.Transit:
         """What the backend does to rows that travel."""
-        target = target_of(self.device)
-        name = settings().backend if self.backend is None else self.backend
-        on_device = target.triton and (target.vendor != "cpu" or target.interpret)
-        return backends.load_transit("triton" if on_device and name != "torch" else "torch")
+        return transit_of(self.device, self.backend)
 
     def encode(self, hidden_states: Tensor) -> tuple[Tensor, Tensor | None]:
         """Codes and scales of rows as the layer itself would make them, so that less has to travel.
@@ -164,6 +163,7 @@ class Experts:
         batched: bool = False,
         codes: bool = False,
         global_num_experts: int | None = None,
+        expected_rows: int | None = None,
     ) -> WorkspaceShapes:
         """Shapes of the memory for a call, which are enough for calls of fewer tokens too.
 
@@ -174,6 +174,7 @@ class Experts:
             batched: the activation format.
             codes: hidden states come with a scale.
             global_num_experts: length of the expert map that :meth:`apply` gets; None: that of the options, if any.
+            expected_rows: as :meth:`apply` gets it.
         """
         expert_map = None if batched else self.options.get("expert_map")
         if global_num_experts is not None and not batched:
@@ -181,12 +182,19 @@ class Experts:
         rows, top_k, lead = (self.num_experts * tokens, 1, (self.num_experts, tokens)) if batched else (
             tokens, top_k, (tokens,))  # fmt: skip
         kind = dtype if codes else None
-        problem, plan = self._plan(*self._stand_ins(rows, top_k, dtype, codes=codes), kind, expert_map)
+
+        def planned(n_tokens: int) -> tuple[Problem, Plan]:
+            options = {**self.options, "expert_map": expert_map}
+            x, weights, ids, scale = self._stand_ins(n_tokens, top_k, dtype, codes=codes)
+            call = check(x, self.w13, self.w2, weights, ids, hidden_states_scale=scale, dtype=kind, **options)
+            problem = _expecting(call.problem, expected_rows, sparse=batched)
+            return problem, choose(problem, target_of(self.device), self.backend)
+
+        problem, plan = planned(rows)
         experts.tokens_at_a_time(problem, plan, self.workspace_limit)  # raises
         first, second = 0, 0
         for n_tokens in (rows, *tokens_before_breaks(problem)):
-            some, how = self._plan(*self._stand_ins(n_tokens, top_k, dtype, codes=codes), kind, expert_map)
-            n_bytes = self._bytes(some, how)
+            n_bytes = self._bytes(*planned(n_tokens))
             first, second = max(first, n_bytes[0]), max(second, n_bytes[1])
         size = dtype.itemsize
         return WorkspaceShapes((-(-first // size),), (-(-second // size),), (*lead, self.hidden_size))
@@ -203,6 +211,7 @@ class Experts:
         hidden_states_scale: Tensor | None = None,
         counts: Tensor | None = None,
         expert_map: Tensor | None = None,
+        expected_rows: int | None = None,
     ) -> Tensor:
         """Run the experts; returns ``output``.
 
@@ -214,6 +223,8 @@ class Experts:
                 it; allocated when None. Neither may share memory with hidden states.
             counts: [E] int32 or int64: rows of each expert, on the device; they are not read on the host.
             expert_map: in place of that of the options.
+            expected_rows: rows that an expert has as a rule, where that is far fewer than there is room for: tiles are
+                chosen for as many. Any number gives a right result.
 
         Raises:
             OptionError: counts together with ids, or neither; one workspace without the other.
@@ -244,6 +255,7 @@ class Experts:
             out=output_rows,
             **options,
         )
+        call = call._replace(problem=_expecting(call.problem, expected_rows, sparse=counts is not None))
         plan = choose(call.problem, target_of(self.device), self.backend)
         if workspace13 is not None and workspace2 is not None:
             call = call._replace(workspace=(_bytes("workspace13", workspace13), _bytes("workspace2", workspace2)))
@@ -292,19 +304,6 @@ class Experts:
             scale = scale.reshape(n_experts * n_rows, -1)
         return hidden_states.reshape(-1, n_hidden), weights, ids, scale, output.view(-1, n_hidden)
 
-    def _plan(
-        self,
-        x: Tensor,
-        weights: Tensor,
-        ids: Tensor,
-        scale: Tensor | None,
-        dtype: torch.dtype | None,
-        expert_map: Tensor | None,
-    ) -> tuple[Problem, Plan]:
-        options = {**self.options, "expert_map": expert_map}
-        call = check(x, self.w13, self.w2, weights, ids, hidden_states_scale=scale, dtype=dtype, **options)
-        return call.problem, choose(call.problem, target_of(self.device), self.backend)
-
     def _stand_ins(
         self, tokens: int, top_k: int, dtype: torch.dtype, *, codes: bool
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
@@ -332,12 +331,31 @@ class Experts:
         return layout_bytes(first), layout_bytes(second)
 
 
+def _expecting(problem: Problem, expected_rows: int | None, *, sparse: bool) -> Problem:
+    """The problem of such rows, and whose mean of rows is the expected one."""
+    problem = replace(problem, sparse=True) if sparse else problem
+    if expected_rows is None:
+        return problem
+    if not isinstance(expected_rows, int) or expected_rows < 1:
+        do = "Leave it out where every row may be used."
+        raise OptionError(explain("expected_rows", got=repr(expected_rows), wanted="an integer above 0", do=do))
+    return replace(problem, known_experts=max(problem.known_experts, -(-problem.slots // expected_rows)))
+
+
 def _bytes(name: str, buffer: Tensor) -> Tensor:
     if not isinstance(buffer, Tensor) or not buffer.is_contiguous():
         got = "strides that skip memory" if isinstance(buffer, Tensor) else type(buffer).__name__
         do = "Allocate what Experts.workspace_shapes says."
         raise WorkspaceError(explain(name, got=got, wanted="a contiguous tensor", do=do))
     return buffer.view(-1).view(torch.uint8)
+
+
+def transit_of(device: torch.device, backend: str | None = None) -> backends.base.Transit:
+    """What a backend (None: that of the process) does to rows that travel."""
+    target = target_of(device)
+    on_device = target.triton and (target.vendor != "cpu" or target.interpret)
+    name = settings().backend if backend is None else backend
+    return backends.load_transit("triton" if on_device and name != "torch" else "torch")
 
 
 def run(path: PrepareFinalize, layer: Experts, hidden_states: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
@@ -360,6 +378,7 @@ def run(path: PrepareFinalize, layer: Experts, hidden_states: Tensor, topk_weigh
         hidden_states_scale=prepared.hidden_states_scale,
         counts=prepared.counts,
         expert_map=prepared.expert_map,
+        expected_rows=prepared.expected_rows,
     )
     return path.finalize(output, prepared)
 
@@ -431,7 +450,13 @@ class Batched:
         state = (torch.where(over, 0, index).view(topk_ids.shape), topk_weights, layer)
         counts = chosen[:, :n_experts].sum(0)
         scale = None if scale is None else spread(scale)
-        return Prepared(spread(rows), None, None, scale, counts, dtype=hidden_states.dtype, state=state)
+        expected = max(1, ids.numel() // n_experts)
+        return Prepared(
+            *(spread(rows), None, None, scale, counts),
+            expected_rows=expected,
+            dtype=hidden_states.dtype,
+            state=state,
+        )
 
     def finalize(self, output: Tensor, prepared: Prepared) -> Tensor:
         """Weigh, and sum each token's rows in the order of its slots, in float32."""

@@ -43,7 +43,8 @@ def test_chunks_have_the_bits_of_the_whole(index, share):
     before = torch.cuda.memory_allocated()
     fusedmoe.fused_experts(*arguments, out=out, workspace_limit=limit, **options)
     torch.cuda.synchronize()
-    assert torch.cuda.max_memory_allocated() - before <= limit + 512
+    # PyTorch's allocator leaves up to 1 MiB of a block that it does not split to who asked for the rest.
+    assert torch.cuda.max_memory_allocated() - before <= limit + (1 << 20)
     assert torch.equal(out, want)
 
 

@@ -11,6 +11,7 @@ from fusedmoe.modular import Batched, Experts, Standard, run
 from fusedmoe.numerics import quantise_inputs
 from fusedmoe.schemes import format_of
 from fusedmoe.settings import settings
+from fusedmoe.target import KNOWN
 from fusedmoe.testing.cases import Case
 from fusedmoe.testing.verify import expected, relative_error
 
@@ -55,27 +56,37 @@ def test_the_batched_path_is_the_layer(index, backend):
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])
-def test_rows_past_the_count_are_not_read_and_come_out_zero(backend):
+@pytest.mark.parametrize("scheme", [None, "fp8_channel"])
+@pytest.mark.parametrize("limited", [False, True])
+def test_rows_past_the_count_are_not_read(backend, scheme, limited):
     torch.manual_seed(0)
-    layer = Experts(torch.randn(3, 32, 16), torch.randn(3, 16, 16), backend=backend, w2_bias=torch.randn(3, 16))
-    rows, counts = torch.randn(3, 7, 16), torch.tensor([7, 0, 3])
+    forms = (None if scheme is None else format_of(scheme),) * 2
+    case = Case.of((1, 1, 3, 40, 24), dtype="bfloat16", formats=forms, bias=True)
+    (_, w13, w2, _, _), options = case.draw()
+    layer = Experts(w13, w2, backend=backend, **options)
+    rows, counts = torch.randn(3, 7, 40).bfloat16(), torch.tensor([7, 0, 3])
     inside = torch.arange(7)[None, :] < counts[:, None]
+    shapes = layer.workspace_shapes(7, 1, torch.bfloat16, batched=True)
+    if limited and backend == "triton":
+        layer.workspace_limit = 2 * shapes.workspace2[0] * 2 // 3
+        shapes = layer.workspace_shapes(7, 1, torch.bfloat16, batched=True)
     outputs = []
     for poison in (float("nan"), 1e30):
         rows = rows.masked_fill(~inside[..., None], poison)
-        shapes = layer.workspace_shapes(7, 1, torch.float32, batched=True)
-        w13, w2 = (torch.full(shape, float("nan")) for shape in shapes[:2])
-        output = torch.full(shapes.output, float("nan"))
-        assert layer.apply(output, rows, workspace13=w13, workspace2=w2, counts=counts) is output
+        # The output lies where the first workspace does.
+        first = torch.full((max(shapes.workspace13[0], rows.numel()),), poison, dtype=torch.bfloat16)
+        second = torch.full(shapes.workspace2, poison, dtype=torch.bfloat16)
+        output = torch.full_like(rows, poison) if limited else first[: rows.numel()].view(rows.shape)
+        assert shapes.output == tuple(output.shape)
+        assert layer.apply(output, rows, workspace13=first, workspace2=second, counts=counts) is output
         outputs.append(output)
-    assert torch.equal(*outputs)
-    assert not outputs[0][~inside].any()
-    for e in range(3):
-        one = fusedmoe.reference.fused_experts(
-            rows[e, : counts[e]], layer.w13, layer.w2, torch.ones(counts[e], 1), torch.full((counts[e], 1), e),
-            w2_bias=layer.options["w2_bias"],
-        )  # fmt: skip
-        assert relative_error(outputs[0][e, : counts[e]], one) < 1e-6
+    assert torch.equal(outputs[0][inside], outputs[1][inside])
+    x = torch.cat([rows[e, : counts[e]] for e in range(3)])
+    ids = torch.repeat_interleave(torch.arange(3), counts)[:, None]
+    whole = fusedmoe.fused_experts(x, w13, w2, torch.ones(10, 1), ids, backend=backend, **options)
+    want = expected((x, w13, w2, torch.ones(10, 1), ids), options)
+    assert relative_error(outputs[0][inside], want) < 2 * case.tolerance
+    assert relative_error(outputs[0][inside], whole) < 2.0**-8
 
 
 @pytest.mark.parametrize("index", [0, 1, 2])
@@ -116,6 +127,13 @@ def test_rows_are_encoded_as_by_definition(index):
     empty, no_scale = layer.encode(x[:0])
     assert empty.shape == (0, x.shape[1])
     assert no_scale.shape == (0, scale.shape[1])
+
+
+def test_a_device_without_such_codes_never_sees_them(monkeypatch):
+    (x, _, _), layer, _ = layer_of(CASES[1], "triton")
+    monkeypatch.setattr(backends.load_transit("triton"), "target_of", lambda device: KNOWN["sm_80"])
+    got, want = layer.encode(x), backends.load_transit("torch").encode(x, layer.inputs, None)
+    assert all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(got, want, strict=True))
 
 
 @pytest.mark.parametrize("kind", ["triton", "torch"])

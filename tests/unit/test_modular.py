@@ -6,8 +6,10 @@ import pytest
 import torch
 
 import fusedmoe
+import fusedmoe.modular
 from fusedmoe.errors import DTypeError, LayoutError, OptionError, ShapeError, WorkspaceError
 from fusedmoe.modular import Batched, Experts, Standard, run
+from fusedmoe.plan.planner import choose
 
 T, K, E, H, I = 6, 2, 4, 32, 24
 
@@ -95,6 +97,23 @@ def test_a_token_without_a_row_is_nan_and_no_other_is():
     assert out.isfinite().all()
     out = run(Batched(3), layer(), torch.randn(3, H), torch.rand(3, K), torch.tensor([[0, 1], [2, 2], [2, 2]]))
     assert out.isnan().any(1).tolist() == [False, False, True]
+
+
+@pytest.mark.parametrize("rows", [0, -3, 2.5])
+def test_expected_rows_are_a_number(rows):
+    with pytest.raises(OptionError, match="expected_rows: got .*wanted an integer above 0"):
+        layer().apply(**batched(), expected_rows=rows)
+
+
+def test_tiles_are_chosen_for_the_expected_rows(monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        fusedmoe.modular, "choose", lambda problem, *rest: seen.append(problem) or choose(problem, *rest)
+    )
+    layer().apply(**batched(), expected_rows=2)
+    layer().apply(**batched())
+    layer().workspace_shapes(T, 1, torch.float32, batched=True, expected_rows=2)
+    assert [problem.mean_rows for problem in seen[:3]] == [2, T, 2]
 
 
 def test_codes_of_experts_that_take_rows_as_they_are():

@@ -10,9 +10,16 @@ import pytest
 import torch
 
 import fusedmoe
-from fusedmoe import backends
 from fusedmoe.bench.routing import draw_routing
-from fusedmoe.errors import GradientError, OptionError, ParallelError, ShapeError, UnsupportedError
+from fusedmoe.errors import (
+    DeviceError,
+    DTypeError,
+    GradientError,
+    OptionError,
+    ParallelError,
+    ShapeError,
+    UnsupportedError,
+)
 from fusedmoe.modular import Experts, run
 from fusedmoe.parallel import ExpertParallel, Placement, TensorParallel, intermediate_slice
 from fusedmoe.schemes import format_of
@@ -27,25 +34,34 @@ CASE = Case(tokens=37, top_k=K, experts=E, hidden=H, intermediate=I, dtype="floa
 HOT = Placement(((0, 1, 2, 8), (3, 4, 8), (5, 6), (7, 8)))
 
 
-@pytest.fixture(scope="module", params=[2, 4])
-def ranks(request):
-    pool = Ranks(request.param)
-    yield pool
-    pool.close()
-
-
 @pytest.fixture(scope="module")
-def four():
-    pool = Ranks(4)
+def pools():
+    """Ranks by their number, started when first asked for."""
+    started = {}
+
+    def pool(n_ranks):
+        if n_ranks not in started:
+            started[n_ranks] = Ranks(n_ranks)
+        return started[n_ranks]
+
     yield pool
-    pool.close()
+    for one in started.values():
+        one.close()
 
 
-@pytest.fixture(scope="module")
-def two():
-    pool = Ranks(2)
-    yield pool
-    pool.close()
+@pytest.fixture(params=[2, 4])
+def ranks(pools, request):
+    return pools(request.param)
+
+
+@pytest.fixture
+def four(pools):
+    return pools(4)
+
+
+@pytest.fixture
+def two(pools):
+    return pools(2)
 
 
 # --- what the ranks run ---------------------------------------------------------------------------------------------
@@ -184,6 +200,27 @@ def test_no_tokens_at_all(ranks, how):
     assert all(out.shape == (0, H) for out in ranks.run(no_tokens, how))
 
 
+def of_a_module():
+    """Experts as a checkpoint is read: with a map from all ids, in whose place come those of the dispatch."""
+    (x, weights, ids), layer = drawn(CASE)
+    rank, n_ranks = me()
+    placement = Placement.contiguous(E, n_ranks)
+    own = list(placement.experts[rank])
+    expert_map = torch.full((E,), -1)
+    expert_map[own] = torch.arange(len(own))
+    module = fusedmoe.FusedExperts.of(layer.w13[own], layer.w2[own], expert_map=expert_map)
+    part = mine((x, weights, ids), n_ranks, rank)
+    got = ExpertParallel(None, module, top_k=K)(*part)  # placed by how many each rank has
+    parts = [torch.zeros_like(x) for _ in range(n_ranks)]
+    torch.distributed.all_gather(parts, module(x, weights, ids))
+    return got, mine((sum(parts),), n_ranks, rank)[0]
+
+
+def test_modules_of_experts(ranks):
+    for got, want in ranks.run(of_a_module):
+        assert relative_error(got, want) < 5e-7
+
+
 def by_steps():
     (x, weights, ids), layer = drawn(CASE, "uniform")
     rank, n_ranks = me()
@@ -195,73 +232,6 @@ def by_steps():
 
 def test_the_transport_is_a_prepare_and_a_finalize_step(two):
     assert two.run(by_steps) == [True, True]
-
-
-# --- where tokens go ------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("capacity", [None, 11])
-def test_a_token_goes_to_a_rank_once(capacity):
-    torch.manual_seed(0)
-    table = Placement.contiguous(12, 4).table(torch.device("cpu"))
-    places = torch.randint(-2, 13, (11, 5))
-    found = backends.load_transit("torch").sends(places, table, 2, capacity)
-    places = places.masked_fill(places >= 12, -1)
-    tokens = [[t for t in range(11) if any(p >= 0 and p // 3 == r for p in places[t].tolist())] for r in range(4)]
-    assert found.counts.tolist() == [len(one) for one in tokens]
-    starts = [sum(map(len, tokens[:r])) if capacity is None else r * capacity for r in range(4)]
-    for start, one in zip(starts, tokens, strict=True):
-        assert found.token[start : start + len(one)].tolist() == one
-    assert found.token.min() >= 0 and found.token.max() < 11
-    for t in range(11):
-        seen = []
-        for j, place in enumerate(places[t].tolist()):
-            rank = place // 3
-            if place < 0 or rank in seen:
-                assert found.answer[t, j] == -1
-            else:
-                seen.append(rank)
-                assert found.answer[t, j] == starts[rank] + tokens[rank].index(t)
-
-
-def test_copies_are_chosen_evenly_and_alike_in_every_run():
-    table = HOT.table(torch.device("cpu"))
-    ids = torch.full((3000, 1), 8)
-
-    def choose(ids, rank):
-        return backends.load_transit("torch").sends(ids, table, rank, None).places
-
-    for stride in (1, 2, 3, 6):  # whichever tokens an expert gets
-        places = choose(ids, 0)[::stride]
-        counts = torch.bincount(places.flatten() // HOT.places, minlength=4)
-        assert counts[2] == 0
-        share_of_each = counts[[0, 1, 3]] / places.numel()
-        assert (share_of_each - 1 / 3).abs().max() < 0.05
-    assert torch.equal(choose(ids, 1), choose(ids, 1))
-    assert (choose(ids, 1) != choose(ids, 0)).any(), "ranks do not all start with the same copy"
-    single = choose(torch.tensor([[5, -1, 9, 2**40]]), 3)
-    assert single.tolist() == [[2 * HOT.places, -1, -1, -1]]
-
-
-@pytest.mark.parametrize(
-    ("experts", "words"),
-    [
-        ((), ["placement", "every expert"]),
-        (((0, 2),), ["no rank with expert 1"]),
-        (((0, 1), (1, 1)), ["rank 1", "(1, 1)"]),
-        (((0, -1),), ["placement", "-1"]),
-    ],
-)
-def test_placements_that_are_none(experts, words):
-    with pytest.raises(OptionError) as raised:
-        Placement(experts)
-    for word in [*words, "got", "wanted"]:
-        assert word in str(raised.value)
-
-
-def test_contiguous_placements_are_even():
-    assert Placement.contiguous(7, 3).experts == ((0, 1, 2), (3, 4), (5, 6))
-    assert Placement.contiguous(2, 4).experts == ((0,), (1,), (), ())
 
 
 # --- tensor parallelism ---------------------------------------------------------------------------------------------
@@ -293,6 +263,23 @@ def test_slices_of_the_intermediate_add_up(ranks, case):
         assert torch.equal(got, results[0][0])
 
 
+def both_ways():
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (2, 2), mesh_dim_names=("tp", "ep"))
+    slice_, expert = mesh.get_local_rank("tp"), mesh.get_local_rank("ep")
+    (x, weights, ids), layer = drawn(replace(CASE, bias=True))
+    local = share(layer, Placement.contiguous(E, 2).experts[expert])
+    local = intermediate_slice(local, I // 2 * slice_, I // 2 * (slice_ + 1))
+    parallel = TensorParallel(mesh["tp"], ExpertParallel(mesh["ep"], local, top_k=K))
+    rows = slice(0, 20) if expert == 0 else slice(20, 37)
+    got = parallel(x[rows], weights[rows], ids[rows])
+    return got, fusedmoe.fused_experts(x, layer.w13, layer.w2, weights, ids, **layer.options)[rows]
+
+
+def test_slices_of_experts_of_several_ranks(four):
+    for got, want in four.run(both_ways):
+        assert relative_error(got, want) < 5e-7
+
+
 @pytest.mark.parametrize("cut", [(-1, 4), (4, 4), (0, I + 1)])
 def test_a_slice_outside(cut):
     with pytest.raises(ShapeError, match="intermediate_slice: got .* wanted within 0 .. 32"):
@@ -318,6 +305,20 @@ def one_rank_errs(what, how):
             x = x[:, :-1]
         elif what == "more tokens":
             x, weights, ids = (torch.cat((t, t)) for t in (x, weights, ids))
+        elif what == "list":
+            ids = ids.tolist()
+        elif what == "device":
+            weights = weights.to("meta")
+        elif what == "ids":
+            ids = ids.float()
+        elif what == "weights":
+            weights = weights.int()
+        elif what == "type":
+            x = x.half()
+        elif what == "choices":
+            ids = ids[:, :-1]
+        elif what == "out":
+            return parallel(x, weights, ids, out=x.half())
         elif what == "gradient":
             x = x.clone().requires_grad_()
         elif what == "experts":
@@ -333,6 +334,13 @@ def one_rank_errs(what, how):
         ("shape", ShapeError, f"hidden_states: got (37, {H - 1}); wanted [T, {H}]"),
         ("gradient", GradientError, "requires grad"),
         ("experts", OptionError, "'swish'"),
+        ("list", DTypeError, "topk_ids: got list; wanted a torch.Tensor"),
+        ("device", DeviceError, "topk_weights: got meta; wanted cpu"),
+        ("ids", DTypeError, "topk_ids: got torch.float32; wanted int32 or int64"),
+        ("weights", DTypeError, "topk_weights: got torch.int32; wanted a float type"),
+        ("type", DTypeError, "hidden_states: got torch.float16; wanted torch.float32"),
+        ("choices", ShapeError, f"topk_ids: got (37, {K - 1}); wanted (37, {K})"),
+        ("out", ShapeError, f"out: got (37, {H}) torch.float16; wanted (37, {H}) torch.float32"),
         ("more tokens", OptionError, "74 tokens; wanted at most max_tokens = 37"),
     ],
 )
@@ -387,6 +395,18 @@ def test_ranks_that_do_not_fit_together(two, what, own, other):
     assert own in str(outcomes[1])
     assert (other or own) in str(outcomes[0])
     assert isinstance(outcomes[0], ParallelError if other else OptionError)
+
+
+def two_static_scales():
+    forms = (format_of("fp8_channel", inputs="static"),) * 2
+    _, layer = drawn(Case(tokens=3, top_k=1, experts=2, hidden=64, intermediate=64, formats=forms))
+    layer.w13.input_scale *= 1 + me()[0]
+    ExpertParallel(None, share(layer, [me()[0]]), top_k=1)
+
+
+def test_given_scales_of_rows_must_agree(two):
+    outcomes = two.outcomes(two_static_scales)
+    assert all("static of ExpertParallel: got" in str(one) for one in outcomes)
 
 
 def one_scale_for_all():

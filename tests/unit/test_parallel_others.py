@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -13,6 +19,7 @@ from fusedmoe.expert_matrix import ExpertMatrix
 from fusedmoe.modular import Experts, run
 from fusedmoe.numerics import quantise_inputs
 from fusedmoe.parallel import DeepEP, DeepEPLowLatency
+from fusedmoe.parallel.deepep import _as_codes
 from fusedmoe.schemes import format_of
 from fusedmoe.spec.format import Inputs
 from fusedmoe.testing.cases import Case
@@ -91,6 +98,16 @@ def test_transformers_feeds_the_layer(two, name):
             assert 0.0 in unique
         else:
             assert shape[1] == 1 and largest < E // 2 and unique == [1.0], "one choice each, of weight one"
+
+
+def test_the_example_runs():
+    example = Path(__file__).parents[2] / "examples" / "expert_parallel.py"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(example)]
+    hidden = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(torchrun, check=True, capture_output=True, text=True, env=hidden, timeout=100)
+    found = re.search(r"2 ranks, 16 experts on cpu: largest relative difference (\S+)", done.stdout)
+    assert found is not None, done.stdout
+    assert float(found[1]) < 1e-6
 
 
 # --- DeepEP ---------------------------------------------------------------------------------------------------------
@@ -205,6 +222,13 @@ def test_deepep(two, kind, formats):
         assert got.dtype == torch.bfloat16
         # Each rank's part, or each expert's, is rounded once more.
         assert relative_error(got, want) < 2.0**-7
+
+
+@pytest.mark.parametrize(("hidden", "travels"), [(256, True), (192, False)])
+def test_deepep_moves_codes_of_whole_groups(hidden, travels):
+    w13, w2 = torch.randn(2, 128, hidden), torch.randn(2, hidden, 64)
+    layer = Experts(fusedmoe.quantize(w13, "fp8_block", parts=2), fusedmoe.quantize(w2, "fp8_block"))
+    assert _as_codes(layer) is travels
 
 
 class One:

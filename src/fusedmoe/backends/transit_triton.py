@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fusedmoe._compat import teach_interpreter
+from fusedmoe.backends import transit
 from fusedmoe.backends.base import Places, Rows as Messages, Sends
 from fusedmoe.backends.launch import device_guard, launch
 from fusedmoe.backends.rows import flat, quantised
@@ -19,15 +20,19 @@ from fusedmoe.backends.workspace import Workspace
 from fusedmoe.kernels import arrange, overlap, quantise, sends as kernels
 from fusedmoe.kernels.combine import by_id, combine
 from fusedmoe.kernels.operands import Ids, Rows
+from fusedmoe.plan.arithmetic import multiplies
 from fusedmoe.settings import settings
 from fusedmoe.spec.format import ELEMENTS, Inputs
+from fusedmoe.target import target_of
 
 if settings().interpret:
     teach_interpreter()
 
 
 def encode(x: Tensor, inputs: Inputs, static: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Codes and scales of rows."""
+    """Codes and scales of rows; in plain torch where the device has no such codes, and so no compiler for them."""
+    if not multiplies(target_of(x.device), inputs.element):
+        return transit.encode(x, inputs, static)
     n_rows, n_columns = x.shape
     groups = math.ceil(n_columns / inputs.group) if inputs.mode == "group" else 1
     work = Workspace({}, x.device)

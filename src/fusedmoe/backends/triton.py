@@ -113,7 +113,9 @@ def workspace_layout(problem: Problem, plan: Plan) -> Layout:
     dtype = getattr(torch, problem.dtype)
     slots = problem.slots
     how = _plan(plan)
-    layout: Layout = {} if problem.alone else {"rows": ((slots, _row_stride(problem.hidden, dtype)), dtype)}
+    layout: Layout = {}
+    if not (problem.alone or problem.sparse):
+        layout["rows"] = ((slots, _row_stride(problem.hidden, dtype)), dtype)
     if how.requantise != "epilogue" and not problem.alone:
         layout["hidden"] = ((slots, _row_stride(problem.intermediate, dtype)), dtype)
     tokens_type = dtype
@@ -384,8 +386,8 @@ def _hidden_rows(how: TritonPlan, inputs: Inputs | None, call: Call, work: Works
 def down(call: Call, plan: Plan, schedule: _Schedule, hidden: Rows, work: Workspace) -> torch.Tensor:
     """Rows of the output [S, H] by slot, weighted; a row of an absent slot is never written."""
     problem = call.problem
-    rows = work["rows"]
     assert call.w2 is not None, "a whole layer has a second matrix"
+    rows = call.out if problem.sparse and call.out is not None else work["rows"]
     e = _with_bias(call.w2_bias)
     if not problem.weight_on_input:
         e = _with_router_weight(e, call)
@@ -407,7 +409,9 @@ def down(call: Call, plan: Plan, schedule: _Schedule, hidden: Rows, work: Worksp
 def combine(
     call: Call, plan: Plan, schedule: _Schedule, rows: torch.Tensor, work: Workspace, out: torch.Tensor
 ) -> None:
-    """Sum the rows of each token into ``out``."""
+    """Sum the rows of each token into ``out``; they may be there already."""
+    if call.problem.sparse:
+        return
     n_tokens, n_columns = out.shape
     block = _plan(plan).combine_block
     options = _overlap(plan)[1]

@@ -21,9 +21,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from fusedmoe import backends
 from fusedmoe.backends.base import Rows, Sends, Transit
-from fusedmoe.errors import DTypeError, GradientError, OptionError, ShapeError, explain
+from fusedmoe.errors import DeviceError, DTypeError, GradientError, OptionError, ShapeError, explain
 from fusedmoe.modular import Experts, Prepared
 from fusedmoe.parallel.control import Control, said
 from fusedmoe.parallel.placement import Placement
@@ -46,7 +45,11 @@ class Part:
 
 
 class AllToAll:
-    """The first and the last step of the layer, for :func:`fusedmoe.modular.run`."""
+    """The first and the last step of the layer, for :func:`fusedmoe.modular.run`.
+
+    Here a rank whose experts fail leaves the others to their timeout; :class:`fusedmoe.parallel.ExpertParallel`, which
+    makes one of these (``.transport``), tells them.
+    """
 
     def __init__(
         self,
@@ -55,7 +58,7 @@ class AllToAll:
         placement: Placement,
         wire: Wire,
         *,
-        kernels: Transit | None = None,
+        kernels: Transit,
         static: Tensor | None = None,
         max_tokens: int | None = None,
         parts: int = 1,
@@ -68,15 +71,14 @@ class AllToAll:
             control: beside it.
             placement: of the experts.
             wire: form of a row.
-            kernels: what a backend does to rows; plain torch when None.
+            kernels: what a backend does to rows.
             static: scale of rows, where the scheme has it.
             max_tokens: most tokens of a rank, for the padded mode.
             parts: into which they are split.
             device: of the rows.
         """
         self.group, self.control, self.placement, self.wire = group, control, placement, wire
-        self.kernels = kernels or backends.load_transit("torch")
-        self.static, self.max_tokens = static, max_tokens
+        self.kernels, self.static, self.max_tokens = kernels, static, max_tokens
         self.capacity = None if max_tokens is None else -(-max_tokens // parts)
         self.rank, self.ranks = control.rank, control.ranks
         self.device = device or torch.device("cpu")
@@ -85,14 +87,21 @@ class AllToAll:
 
     # --- steps, each for one part of the tokens -------------------------------------------------------------------
 
-    def check(self, hidden_states: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> None:
+    def check(self, hidden_states: Tensor, topk_weights: Tensor, topk_ids: Tensor, out: Tensor | None = None) -> None:
         """Arguments that every rank can send.
 
         Raises:
-            ShapeError, DTypeError, GradientError: one does not fit.
-            OptionError: more tokens than the capacity.
+            ShapeError, DTypeError, DeviceError, GradientError: one does not fit.
+            OptionError: more tokens than max_tokens.
         """
         wire = self.wire
+        tensors = {"hidden_states": hidden_states, "topk_weights": topk_weights, "topk_ids": topk_ids}
+        for name, tensor in (tensors if out is None else {**tensors, "out": out}).items():
+            if not isinstance(tensor, Tensor):
+                got = type(tensor).__name__
+                raise DTypeError(explain(name, got=got, wanted="a torch.Tensor", do="Convert it."))
+            if tensor.device != self.device:
+                raise DeviceError(explain(name, got=tensor.device, wanted=self.device, do="Move it there."))
         if hidden_states.dim() != 2 or hidden_states.shape[1] != wire.hidden:
             do = "Flatten leading dimensions."
             form = f"[T, {wire.hidden}]"
@@ -111,6 +120,9 @@ class AllToAll:
         if not topk_weights.is_floating_point():
             do = "Cast them to float32."
             raise DTypeError(explain("topk_weights", got=topk_weights.dtype, wanted="a float type", do=do))
+        if out is not None and (out.shape, out.dtype) != (hidden_states.shape, wire.dtype):
+            got, wanted = f"{tuple(out.shape)} {out.dtype}", f"{tuple(hidden_states.shape)} {wire.dtype}"
+            raise ShapeError(explain("out", got=got, wanted=wanted, do="Allocate torch.empty_like(hidden_states)."))
         if torch.is_grad_enabled() and (hidden_states.requires_grad or topk_weights.requires_grad):
             do = "Call it under torch.no_grad() or torch.inference_mode()."
             raise GradientError(explain("an argument that requires grad", got="grad mode", wanted="inference", do=do))

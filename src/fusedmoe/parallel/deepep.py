@@ -85,7 +85,14 @@ class DeepEPLowLatency:
         )
         rows, scale = received if travels else (received, None)
         state = (ids, topk_weights.float(), handle)
-        return Prepared(rows, None, None, scale, counts, dtype=hidden_states.dtype, state=state)
+        # Room for all tokens of all ranks, of which each expert gets its share.
+        expected = max(1, self.max_tokens * self.buffer.group_size * ids.shape[1] // self.num_experts)
+        return Prepared(
+            *(rows, None, None, scale, counts),
+            expected_rows=expected,
+            dtype=hidden_states.dtype,
+            state=state,
+        )
 
     def finalize(self, output: Tensor, prepared: Prepared) -> Tensor:
         """Combine: rows are weighed and added."""
@@ -95,9 +102,13 @@ class DeepEPLowLatency:
 
 
 def _as_codes(layer: Experts) -> bool:
-    """The codes that DeepEP moves are those of the scheme."""
+    """The codes that DeepEP moves are those of the scheme; it moves whole groups alone."""
     inputs = layer.inputs
-    return inputs is not None and (inputs.element, inputs.mode, inputs.group) == ("e4m3", "group", GROUP)
+    return (
+        layer.hidden_size % GROUP == 0
+        and inputs is not None
+        and (inputs.element, inputs.mode, inputs.group) == ("e4m3", "group", GROUP)
+    )
 
 
 def _check(layer: Experts, hidden_states: Tensor, num_experts: int, ranks: int) -> None:

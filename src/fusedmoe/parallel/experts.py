@@ -9,10 +9,9 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
-from fusedmoe import backends
 from fusedmoe.errors import OptionError, ShapeError, UnsupportedError, explain
 from fusedmoe.expert_matrix import ExpertMatrix
-from fusedmoe.modular import Experts
+from fusedmoe.modular import Experts, transit_of
 from fusedmoe.nn import FusedExperts
 from fusedmoe.parallel.all_to_all import AllToAll, Part
 from fusedmoe.parallel.control import Control, group_of
@@ -60,10 +59,11 @@ class ExpertParallel:
         """
         self.group = group_of(group)
         self.control = Control(self.group)
-        self.layer = None if layer is None else Experts.of(layer)
+        self.layer: Experts | None = None
         self.parts, self.max_tokens = parts, max_tokens
         error: Exception | None = None
         try:
+            self.layer = None if layer is None else Experts.of(layer)
             mine = self._mine(top_k, placement, dtype)
         except Exception as cause:  # noqa: BLE001 - told to the other ranks, then raised
             error, mine = cause, None
@@ -74,7 +74,7 @@ class ExpertParallel:
         self.device = torch.device(device) if device is not None else _device(self.layer)
         self.transport = AllToAll(
             *(self.group, self.control, placement, wire),
-            kernels=backends.load_transit("torch") if self.layer is None else self.layer.kernels(),
+            kernels=transit_of(self.device) if self.layer is None else self.layer.kernels(),
             static=None if static is None else torch.tensor([static], device=self.device),
             max_tokens=max_tokens,
             parts=parts,
@@ -133,7 +133,7 @@ class ExpertParallel:
         path, error = self.transport, None
         try:
             with torch.set_grad_enabled(gradients):
-                path.check(hidden_states, topk_weights, topk_ids)
+                path.check(hidden_states, topk_weights, topk_ids, out)
             if out is None:
                 out = torch.empty_like(hidden_states)
             parts = [path.layout(x, w, ids) for x, w, ids in self._split(hidden_states, topk_weights, topk_ids)]
@@ -145,11 +145,12 @@ class ExpertParallel:
             path.send(part)
         for part in parts:
             output, error = self._apply(part, error, gradients=gradients)
-            if not _capturing(self.device):
-                self.control.agree(error, "running the experts")
-            elif error is not None:
-                raise error
-            path.send_back(part, output)
+            path.send_back(part, output)  # whatever is in it after an error: nobody will read it
+        # On the host, beside the work of a GPU.
+        if not _capturing(self.device):
+            self.control.agree(error, "running the experts")
+        elif error is not None:
+            raise error
         assert out is not None, "an error was raised before"
         for part, rows in zip(parts, self._split(out), strict=True):
             path.reduce(part, rows[0])

@@ -7,7 +7,7 @@ from fusedmoe.spec.problem import ITEMSIZE, Gemm
 from fusedmoe.target import Target
 
 
-def _multiplies(target: Target, element: str) -> bool:
+def multiplies(target: Target, element: str) -> bool:
     """The device multiplies codes of this type, and its compiler lets it."""
     if target.vendor == "cpu":
         return element != "e4m3fnuz"
@@ -31,7 +31,7 @@ def multiply_in(gemm: Gemm, target: Target) -> str:
     if form is None or inputs is None:
         return gemm.dtype
     if form.element == inputs.element:
-        return form.element if not gemm.emulate and _multiplies(target, form.element) else "float16"
+        return form.element if not gemm.emulate and multiplies(target, form.element) else "float16"
     return "float16" if target.vendor == "nvidia" and target.capability < 80 else "bfloat16"
 
 

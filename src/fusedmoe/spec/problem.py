@@ -71,6 +71,7 @@ class Problem:
     weight_on_input: bool = False
     expert_map: bool = False
     known_experts: int = 0  # that ids may name, by way of the map; 0 without one
+    sparse: bool = False  # rows of absent slots may hold anything: a backend may write rows where the output is
     fp32_precision: Fp32Precision = "ieee"
     alone: bool = False  # the first GEMM is the whole call: its rows, each at its slot, are the output
 
