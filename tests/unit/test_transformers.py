@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from tiny_models import build, draw, experts_class, experts_of, prompt, relative, routing, run, small_config
+from tiny_models import build, draw, experts_class, experts_of, generate, prompt, relative, routing, run, small_config
 from torch import nn
 from transformers import activations
 
@@ -136,14 +136,11 @@ def test_compiled_with_gradients():
 
 def test_generate_with_a_static_cache():
     model = build("qwen3_moe.Qwen3MoeExperts")
-    given = prompt(model)
     tokens = {}
     for implementation in ("eager", NAME):
         model.set_experts_implementation(implementation)
         for cache in ("dynamic", "static"):
-            tokens[implementation, cache] = model.generate(
-                **given, max_new_tokens=6, do_sample=False, cache_implementation=cache, eos_token_id=None
-            )
+            tokens[implementation, cache] = generate(model, cache)
         assert model.config._experts_implementation == implementation, "generate() leaves the name alone"
     first, *others = tokens.values()
     assert first.shape == (2, 13) and all(torch.equal(first, other) for other in others)
