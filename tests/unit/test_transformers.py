@@ -80,6 +80,17 @@ def test_gradients_fall_back_with_one_warning(needs, calls):
     assert not calls
 
 
+def test_a_parameter_of_the_activation_gets_its_gradient():
+    """Nothing else requires one, so that only the parameters of the module tell."""
+    experts = experts_class("mixtral.MixtralExperts")(small_config()).requires_grad_(requires_grad=False)
+    draw(experts)
+    experts.act_fn = nn.PReLU()
+    x, (weights, ids) = torch.randn(5, 32), routing(5, 2, 4)
+    with pytest.warns(UserWarning, match="computes no gradients"):
+        out = experts(x, ids, weights)
+    assert torch.autograd.grad(out.sum(), experts.act_fn.weight)[0].abs() > 0
+
+
 def test_the_warning_comes_once_and_only_with_gradients():
     model = build("qwen3_moe.Qwen3MoeExperts")
     model.set_experts_implementation(NAME)
