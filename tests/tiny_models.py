@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import MixtralConfig, PretrainedConfig, PreTrainedModel, Qwen3MoeConfig
+from transformers import MixtralConfig, PretrainedConfig, PreTrainedModel, Qwen3MoeConfig, StaticCache
 
 MODELS = Path(transformers.__file__).parent / "models"
 
@@ -178,6 +178,23 @@ def run(model: PreTrainedModel, implementation: str) -> torch.Tensor:
     with torch.no_grad():
         out: torch.Tensor = model(**prompt(model))[0]
     return out
+
+
+def generate(model: PreTrainedModel, cache: str, new: int = 6) -> torch.Tensor:
+    """Greedy tokens with a "dynamic" or "static" cache; on a GPU a decode step with the latter is compiled."""
+    given = {name: tensor.to(model.device) for name, tensor in prompt(model).items()}
+    out: Any = model.generate(
+        **given,
+        max_new_tokens=new,
+        do_sample=False,
+        use_cache=True,
+        cache_implementation=cache,
+        eos_token_id=None,
+        return_dict_in_generate=True,
+    )
+    assert isinstance(out.past_key_values, StaticCache) == (cache == "static")
+    tokens: torch.Tensor = out.sequences
+    return tokens
 
 
 def relative(got: torch.Tensor, want: torch.Tensor) -> float:

@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("transformers", minversion="5.7")
 
-from tiny_models import build, experts_classes, experts_of, fp8_experts, prompt, relative
+from tiny_models import build, experts_classes, experts_of, fp8_experts, generate, prompt, relative
 
 from fusedmoe.integrations.transformers import NAME, interface
 
@@ -72,9 +72,10 @@ def test_logits(name):
         model.set_experts_implementation(implementation)
         with torch.no_grad():
             logits[implementation] = model(**given(model))[0]
-    # grouped_mm rounds elsewhere too: what it is off by is what bfloat16 allows here.
-    allowed = max(2 * relative(logits["grouped_mm"], logits["eager"]), 2e-2)
-    assert relative(logits[NAME], logits["eager"]) < allowed
+    want = logits.pop("eager").float()
+    # By token and in the middle: where two experts are as good as each other, rounding decides for the router.
+    off = {name: ((got.float() - want).norm(dim=-1) / want.norm(dim=-1)).median() for name, got in logits.items()}
+    assert off[NAME] < max(2 * off["grouped_mm"], 2e-2)
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe.Qwen3MoeExperts", "gpt_oss.GptOssExperts"])
@@ -100,9 +101,7 @@ def test_generate_with_a_static_cache(name):
             model.set_experts_implementation(implementation)
             if implementation == "eager" and cache == "static":
                 continue  # its loop over experts cannot be captured
-            tokens[implementation, cache] = model.generate(
-                **given(model), max_new_tokens=8, do_sample=False, cache_implementation=cache, eos_token_id=None
-            )
+            tokens[implementation, cache] = generate(model, cache)
     first, *others = tokens.values()
     assert all(torch.equal(first, other) for other in others)
 

@@ -31,6 +31,7 @@ ACTIVATIONS = [
     Activation("gelu_no_mul"),
     Activation("gelu_tanh_no_mul"),
     Activation("relu2_no_mul"),
+    Activation("identity_no_mul"),
 ]
 
 
@@ -51,6 +52,8 @@ def scalar(p: Activation, g: float, u: float) -> float:
         return g * sigmoid(2.0 * math.sqrt(2.0 / math.pi) * (g + 0.044715 * g**3)) * u
     if name == "relu2":
         return max(g, 0.0) ** 2 * u
+    if name == "identity":
+        return g * u
     if name == "swigluoai":
         g, u = min(g, p.limit), max(-p.limit, min(u, p.limit))
         return g * sigmoid(p.alpha * g) * (u + p.beta)

@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from tiny_models import build, draw, experts_class, experts_of, prompt, relative, routing, run, small_config
+from tiny_models import build, draw, experts_class, experts_of, generate, prompt, relative, routing, run, small_config
 from torch import nn
 from transformers import activations
 
@@ -80,6 +80,17 @@ def test_gradients_fall_back_with_one_warning(needs, calls):
     assert not calls
 
 
+def test_a_parameter_of_the_activation_gets_its_gradient():
+    """Nothing else requires one, so that only the parameters of the module tell."""
+    experts = experts_class("mixtral.MixtralExperts")(small_config()).requires_grad_(requires_grad=False)
+    draw(experts)
+    experts.act_fn = nn.PReLU()
+    x, (weights, ids) = torch.randn(5, 32), routing(5, 2, 4)
+    with pytest.warns(UserWarning, match="computes no gradients"):
+        out = experts(x, ids, weights)
+    assert torch.autograd.grad(out.sum(), experts.act_fn.weight)[0].abs() > 0
+
+
 def test_the_warning_comes_once_and_only_with_gradients():
     model = build("qwen3_moe.Qwen3MoeExperts")
     model.set_experts_implementation(NAME)
@@ -136,14 +147,11 @@ def test_compiled_with_gradients():
 
 def test_generate_with_a_static_cache():
     model = build("qwen3_moe.Qwen3MoeExperts")
-    given = prompt(model)
     tokens = {}
     for implementation in ("eager", NAME):
         model.set_experts_implementation(implementation)
         for cache in ("dynamic", "static"):
-            tokens[implementation, cache] = model.generate(
-                **given, max_new_tokens=6, do_sample=False, cache_implementation=cache, eos_token_id=None
-            )
+            tokens[implementation, cache] = generate(model, cache)
         assert model.config._experts_implementation == implementation, "generate() leaves the name alone"
     first, *others = tokens.values()
     assert first.shape == (2, 13) and all(torch.equal(first, other) for other in others)

@@ -73,3 +73,14 @@ def test_fp8_experts_refuse_gradients():
     weights, ids = routing(3, 2, 4)
     with pytest.raises(GradientError, match=r"experts in fp8: got hidden states .* require grad; wanted inference"):
         experts(torch.randn(3, 96, requires_grad=True), ids, weights)
+
+
+@pytest.mark.parametrize("options", [{"block_size": (32, 32)}, {"block_size": None, "activation_scheme": "static"}])
+def test_fp8_experts_compiled(options):
+    experts, _ = fp8_experts(**options)
+    torch._dynamo.reset()
+    compiled = torch.compile(experts, fullgraph=True, backend="aot_eager")
+    weights, ids = routing(3, 2, 4)
+    x = torch.randn(3, 96)
+    with torch.no_grad():
+        assert torch.equal(compiled(x, ids, weights), experts(x, ids, weights))

@@ -7,7 +7,7 @@ import re
 
 import pytest
 import torch
-from tiny_models import build, experts_of, prompt, relative, run, small_config
+from tiny_models import build, experts_of, generate, prompt, relative, run, small_config
 from torch import nn
 from transformers import Llama4ForCausalLM, Llama4TextConfig
 
@@ -155,10 +155,9 @@ def test_experts_on_the_meta_device(tmp_path, wider):
 def test_generates_compiles_and_refuses_gradients(tmp_path, wider):
     model, directory = quantised(tmp_path, QWEN, "int4_w4a16", group=32)
     given = prompt(model)
-    options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "cache_implementation": "static"}
-    want = model.generate(**given, **options)
+    want = generate(model, "static")
     patch(model, directory)
-    assert torch.equal(model.generate(**given, **options), want)
+    assert torch.equal(generate(model, "static"), want)
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch.no_grad():

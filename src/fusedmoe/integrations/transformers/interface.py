@@ -10,7 +10,7 @@ import warnings
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.integrations.moe import grouped_mm_experts_forward
 
 from fusedmoe.errors import GradientError, explain
@@ -60,7 +60,7 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
         self.down_proj_bias if biased else None,
         "KN" if self.is_transposed else "NK",
     )
-    if needs_grad(hidden_states, top_k_weights, *weights):
+    if needs_grad(self, hidden_states, top_k_weights, *weights):
         if not torch.compiler.is_compiling():
             warnings.warn(FALLS_BACK.format("Transformers' grouped_mm"), stacklevel=2)
         result: Tensor = grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
@@ -83,14 +83,17 @@ def fp8_experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, t
     return _run(self, hidden_states, top_k_index, top_k_weights, weights)
 
 
-def needs_grad(*tensors: object) -> bool:
-    """Grad mode is on, and one of the tensors requires a gradient."""
-    return torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors)
+def needs_grad(module: nn.Module | None, *tensors: object) -> bool:
+    """Grad mode is on, and one of the tensors, or of the parameters of the module, requires a gradient."""
+    if not torch.is_grad_enabled():
+        return False
+    parameters = () if module is None else module.parameters()
+    return any(isinstance(t, Tensor) and t.requires_grad for t in (*tensors, *parameters))
 
 
 def refuse_gradients(what: str, hidden_states: Tensor, top_k_weights: Tensor) -> None:
     """Raise where a gradient would be needed, inside of a compiled graph too."""
-    if needs_grad(hidden_states, top_k_weights):
+    if needs_grad(None, hidden_states, top_k_weights):
         raise GradientError(
             explain(
                 what,

@@ -71,7 +71,7 @@ class FusedLlama4TextMoe(Llama4TextMoe):
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         """Mixture and router logits; the router's weight multiplies the input of an expert."""
         experts, x = self.experts, hidden_states.reshape(-1, self.hidden_dim)
-        if needs_grad(x, *self.parameters()):
+        if needs_grad(self, x):
             if not torch.compiler.is_compiling():
                 warnings.warn(FALLS_BACK.format("Transformers' own"), stacklevel=2)
             return super().forward(hidden_states)  # type: ignore[no-any-return, no-untyped-call]
