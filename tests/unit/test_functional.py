@@ -53,6 +53,16 @@ MISTAKES = {
         LayoutError,
         ["hidden_states", "sparse_coo", "to_dense"],
     ),
+    "hidden states nested": (
+        {"hidden_states": torch.nested.nested_tensor([torch.randn(2, H), torch.randn(3, H)], layout=torch.jagged)},
+        LayoutError,
+        ["hidden_states", "nested", "to_dense"],
+    ),
+    "hidden states that negate": (
+        {"hidden_states": torch.randn(T, H, dtype=torch.complex64).conj().imag},
+        LayoutError,
+        ["hidden_states", "negates", "resolve_neg"],
+    ),
     "hidden states of integers": (
         {"hidden_states": torch.ones(T, H, dtype=torch.int32)},
         DTypeError,
@@ -98,6 +108,23 @@ MISTAKES = {
         ShapeError,
         ["topk_weights", "shape of topk_ids"],
     ),
+    "more slots than kernels count": (
+        {
+            name: torch.zeros(2**26 // K + 1, width, dtype=dtype, device="meta")
+            for name, width, dtype in (
+                ("hidden_states", H, torch.float32),
+                ("topk_ids", K, torch.int64),
+                ("topk_weights", K, torch.float32),
+            )
+        }
+        | {"w13": torch.empty(E, 2 * I, H, device="meta"), "w2": torch.empty(E, H, I, device="meta")},
+        ShapeError,
+        ["topk_ids", f"{2**26 // K + 1} tokens", f"at most {2**26}", "Split"],
+    ),
+    "a flag that is none": ({"emulate": torch.ones(2)}, OptionError, ["emulate", "Tensor", "True or False"]),
+    "a precision that is no text": ({"fp32_precision": ["ieee"]}, OptionError, ["fp32_precision", "['ieee']"]),
+    "a backend that is no text": ({"backend": ["torch"]}, OptionError, ["backend", "['torch']"]),
+    "a number of experts that is none": ({"global_num_experts": "4"}, OptionError, ["global_num_experts", "4"]),
     "unknown activation": ({"activation": "swish"}, OptionError, ["'swish'", "silu", "gelu_tanh"]),
     "activation no name": ({"activation": 3}, OptionError, ["int", "fusedmoe.Activation"]),
     "unknown gate/up layout": (
@@ -121,6 +148,11 @@ MISTAKES = {
     "out of another shape": ({"out": torch.empty(T, H + 1)}, ShapeError, ["out", f"({T}, {H})"]),
     "out of another type": ({"out": torch.empty(T, H).half()}, DTypeError, ["out", "float16"]),
     "out expanded": ({"out": torch.empty(1, H).expand(T, H)}, LayoutError, ["out", "memory of its own"]),
+    "out whose rows overlap": (
+        {"out": torch.empty(T + H).as_strided((T, H), (1, 1))},
+        LayoutError,
+        ["out", "memory of its own"],
+    ),
     "weights on another device": (
         {"w13": torch.empty(E, 2 * I, H, device="meta")},
         DeviceError,
@@ -177,6 +209,22 @@ def test_out_may_not_be_the_input():
     x = torch.randn(T, H)
     with pytest.raises(LayoutError, match="shared with hidden_states"):
         fusedmoe.fused_experts(**arguments(hidden_states=x, out=x))
+
+
+def test_the_workspace_may_hold_no_argument():
+    memory = torch.zeros(4096, dtype=torch.uint8)
+    weights = memory[: 4 * T * K].view(torch.float32).view(T, K)
+    with pytest.raises(LayoutError, match="workspace: got memory that is shared with topk_weights"):
+        fusedmoe.fused_experts(**arguments(topk_weights=weights, workspace=memory))
+    a = arguments(topk_weights=weights, workspace=memory[64:])
+    assert fusedmoe.fused_experts(**a).shape == (T, H)
+
+
+def test_gradients_of_scales_are_refused_too():
+    w13 = fusedmoe.quantize(torch.randn(E, 2 * I, H), "fp8_channel", parts=2)
+    w13.scale.requires_grad_()
+    with pytest.raises(GradientError, match="w13 requires grad"):
+        fusedmoe.fused_experts(**arguments(w13=w13))
 
 
 def test_gradients_are_refused_not_dropped():

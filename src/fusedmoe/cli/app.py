@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from fusedmoe.atomic import replacing
 from fusedmoe.cli.quantize import quantize
 from fusedmoe.errors import FusedMoEError, OptionError, explain
 
@@ -320,7 +321,8 @@ def _types(
 
 def _write(path: Path, text: str) -> None:
     try:
-        path.write_text(text, encoding="utf-8")
+        with replacing(path) as new:
+            new.write_text(text, encoding="utf-8")
     except OSError as cause:
         raise OptionError(
             explain(f"file {path}", got=cause.strerror, wanted="a file that can be written", do="Choose another.")

@@ -72,7 +72,8 @@ def choose(problem: Problem, target: Target, backend: str | None = None) -> Plan
         OptionError: no backend of that name.
         UnsupportedError: none can, or the named one cannot; every reason of every backend is in the message.
     """
-    return _choose(problem, target, settings().backend if backend is None else backend)
+    # As text, so that what is no name is an unknown name.
+    return _choose(problem, target, settings().backend if backend is None else str(backend))
 
 
 @functools.lru_cache(maxsize=4096)
