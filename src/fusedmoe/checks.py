@@ -11,6 +11,7 @@ import torch
 from fusedmoe.call import Call
 from fusedmoe.errors import DeviceError, DTypeError, GradientError, LayoutError, OptionError, ShapeError, explain
 from fusedmoe.expert_matrix import ExpertMatrix
+from fusedmoe.settings import settings
 from fusedmoe.spec.activation import Activation
 from fusedmoe.spec.format import ELEMENTS
 from fusedmoe.spec.layout import FP32_PRECISIONS, GATE_UP_LAYOUTS, WEIGHT_LAYOUTS, Matrix
@@ -353,6 +354,16 @@ def _check_workspace(workspace: torch.Tensor | None, **others: torch.Tensor | No
             raise LayoutError(explain("workspace", got=got, wanted="memory of its own", do="Allocate it anew."))
 
 
+def _check_uncoupled(**matrices: Experts | None) -> None:
+    """A scale that is computed from all rows makes the bits of each depend on all."""
+    for name, w in matrices.items():
+        inputs = w.format.inputs if isinstance(w, ExpertMatrix) else None
+        if inputs is not None and inputs.mode == "tensor":
+            got = f"a {name} that quantises its rows with one dynamic scale for all of them"
+            do = "Quantise rows per token or group or with a static scale, or leave batch_invariant out."
+            raise OptionError(explain("batch_invariant", got=got, wanted="rows that share no scale", do=do))
+
+
 def _check_no_gradient(**tensors: Experts | None) -> None:
     if not torch.is_grad_enabled():
         return
@@ -388,6 +399,7 @@ def check(
     expert_map: torch.Tensor | None = None,
     global_num_experts: int | None = None,
     fp32_precision: str = "ieee",
+    batch_invariant: bool | None = None,
     out: torch.Tensor | None = None,
     workspace: torch.Tensor | None = None,
 ) -> Call:
@@ -422,6 +434,9 @@ def check(
     _check_map(expert_map, global_num_experts, w13)
     _check_out(out, hidden_states, dtype)
     _check_workspace(workspace, out=out, hidden_states=hidden_states, topk_weights=topk_weights, topk_ids=topk_ids)
+    invariant = settings().batch_invariant if batch_invariant is None else _flag("batch_invariant", batch_invariant)
+    if invariant:
+        _check_uncoupled(w13=w13 if hidden_states_scale is None else None, w2=w2)
     _check_no_gradient(
         hidden_states=hidden_states,
         w13=w13,
@@ -452,6 +467,7 @@ def check(
         weight_on_input=_flag("apply_router_weight_on_input", apply_router_weight_on_input),
         expert_map=expert_map is not None,
         fp32_precision="tf32" if fp32_precision == "tf32" else "ieee",
+        batch_invariant=invariant,
     )
     return Call(
         problem,

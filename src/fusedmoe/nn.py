@@ -66,6 +66,7 @@ class FusedExperts(torch.nn.Module):
         apply_router_weight_on_input: bool = False,
         expert_map: torch.Tensor | None = None,
         emulate: bool = False,
+        batch_invariant: bool | None = None,
         backend: str | None = None,
         dtype: torch.dtype | None = None,
         device: str | torch.device | None = None,
@@ -74,8 +75,8 @@ class FusedExperts(torch.nn.Module):
 
         Args:
             num_experts, hidden_size, intermediate_size: E, H and I.
-            activation, gate_up_layout, weight_layout, apply_router_weight_on_input, expert_map, emulate, backend:
-                options of :func:`fusedmoe.fused_experts`.
+            activation, gate_up_layout, weight_layout, apply_router_weight_on_input, expert_map, emulate,
+                batch_invariant, backend: options of :func:`fusedmoe.fused_experts`.
             bias: have w13_bias and w2_bias.
             dtype, device: of the parameters; the defaults of torch when None, so that
                 ``with torch.device("meta")`` works.
@@ -108,6 +109,7 @@ class FusedExperts(torch.nn.Module):
         self.weight_layout: WeightLayout = weight_layout
         self.apply_router_weight_on_input = apply_router_weight_on_input
         self.emulate = emulate
+        self.batch_invariant = batch_invariant
         self.backend = backend
         self._matrices: dict[str, tuple[tuple[torch.Tensor, ...], ExpertMatrix]] = {}
 
@@ -212,6 +214,7 @@ class FusedExperts(torch.nn.Module):
         device: str | torch.device = "cpu",
         progress: bool | None = None,
         emulate: bool = False,
+        batch_invariant: bool | None = None,
         backend: str | None = None,
     ) -> FusedExperts:
         """Read the routed experts of one layer of a Hugging Face checkpoint, all or a slice, quantised or not.
@@ -240,6 +243,7 @@ class FusedExperts(torch.nn.Module):
             apply_router_weight_on_input=stored.apply_router_weight_on_input,
             expert_map=stored.expert_map(),
             emulate=emulate,
+            batch_invariant=batch_invariant,
             backend=backend,
         )
 
@@ -360,6 +364,7 @@ class FusedExperts(torch.nn.Module):
             hidden_states_scale=scale,
             dtype=dtype,
             emulate=self.emulate,
+            batch_invariant=self.batch_invariant,
             activation=self.activation,
             gate_up_layout=self.gate_up_layout,
             weight_layout=self.weight_layout,
@@ -380,6 +385,7 @@ class FusedExperts(torch.nn.Module):
             ("weight_layout", "NK"),
             ("apply_router_weight_on_input", False),
             ("emulate", False),
+            ("batch_invariant", None),
             ("backend", None),
         ):
             if getattr(self, name) != default:

@@ -17,11 +17,14 @@ class Settings:
         backend: ``FUSEDMOE_BACKEND``: "auto", or the backend that every call uses unless it names one.
         shared_memory_cap: ``FUSEDMOE_SHARED_MEMORY_CAP``: bytes of shared memory a program may use, below what
             the device offers; for machines that share a GPU, and for tests. None: the device's own limit.
+        batch_invariant: ``FUSEDMOE_BATCH_INVARIANT``: calls that do not say give a row bits that depend on its token
+            alone; see :func:`fusedmoe.fused_experts`.
         interpret: ``TRITON_INTERPRET``: Triton kernels run on the CPU, in Triton's interpreter.
     """
 
     backend: str = "auto"
     shared_memory_cap: int | None = None
+    batch_invariant: bool = False
     interpret: bool = False
 
 
@@ -36,11 +39,16 @@ def _integer(name: str) -> int | None:
     return int(text)
 
 
+def _yes(name: str) -> bool:
+    return os.environ.get(name, "0").lower() in ("1", "true", "on", "yes")
+
+
 @functools.cache
 def settings() -> Settings:
     """The settings of this process."""
     return Settings(
         backend=os.environ.get("FUSEDMOE_BACKEND", "auto") or "auto",
         shared_memory_cap=_integer("FUSEDMOE_SHARED_MEMORY_CAP"),
-        interpret=os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes"),
+        batch_invariant=_yes("FUSEDMOE_BATCH_INVARIANT"),
+        interpret=_yes("TRITON_INTERPRET"),
     )

@@ -227,6 +227,14 @@ def test_explain_for_people():
         assert words in shown
 
 
+def test_explain_says_what_a_batch_invariant_call_takes():
+    plan = ("--shape", "qwen3-30b-a3b", "--arch", "sm_90", "--tokens", 1)
+    assert "batch-invariant" not in data("explain", *plan, "--json")["why"]
+    found = data("explain", *plan, "--batch-invariant", "--json")
+    assert found["why"].endswith("batch-invariant: tiles that add up as for 4096 tokens")
+    assert found["launches"][0]["config"]["block_m"] == 64
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -5,7 +5,7 @@ import pytest
 from fusedmoe.errors import OptionError
 from fusedmoe.settings import Settings, settings
 
-NAMES = ("FUSEDMOE_BACKEND", "FUSEDMOE_SHARED_MEMORY_CAP", "TRITON_INTERPRET")
+NAMES = ("FUSEDMOE_BACKEND", "FUSEDMOE_BATCH_INVARIANT", "FUSEDMOE_SHARED_MEMORY_CAP", "TRITON_INTERPRET")
 
 
 @pytest.fixture
@@ -20,14 +20,15 @@ def environment(monkeypatch):
 
 
 def test_defaults(environment):
-    assert settings() == Settings(backend="auto", shared_memory_cap=None, interpret=False)
+    assert settings() == Settings(backend="auto", shared_memory_cap=None, batch_invariant=False, interpret=False)
 
 
 def test_all_variables(environment):
     environment.setenv("FUSEDMOE_BACKEND", "torch")
     environment.setenv("FUSEDMOE_SHARED_MEMORY_CAP", "49152")
+    environment.setenv("FUSEDMOE_BATCH_INVARIANT", "yes")
     environment.setenv("TRITON_INTERPRET", "1")
-    assert settings() == Settings(backend="torch", shared_memory_cap=49152, interpret=True)
+    assert settings() == Settings(backend="torch", shared_memory_cap=49152, batch_invariant=True, interpret=True)
 
 
 def test_an_empty_variable_is_an_unset_one(environment):

@@ -10,6 +10,9 @@ is float32 and rounded once. A row depends on its own token alone, so a NaN stay
 A quantised matrix is dequantised one expert at a time: to the dtype of the layer where it meets rows as they are. Where
 rows are quantised too, codes times scales of both are multiplied in float32, which rounds no more than a product of
 the codes that is scaled afterwards would; activated rows are then quantised before they are rounded to anything.
+
+A batch-invariant call multiplies and activates row by row: libraries choose by the number of rows how to add up, and
+functions of several elements at once leave the last ones of a tensor to others that round differently.
 """
 
 from __future__ import annotations
@@ -92,7 +95,7 @@ def gate_up(call: Call, plan: Plan, schedule: _Schedule, work: Workspace) -> Ten
     wide = _wide(products.dtype)
     dtype = wide if _quantises_rows(call.w2) else getattr(torch, problem.dtype)
     hidden = products.new_empty(products.shape[0], problem.intermediate, dtype=dtype)
-    for piece in _pieces(products.shape[0], problem.w13_rows):
+    for piece in _pieces(products.shape[0], PIECE if problem.batch_invariant else problem.w13_rows):
         h = products[piece].to(wide)
         if problem.weight_on_input:
             h = h * call.topk_weights.reshape(-1, 1)[schedule.slot[piece]].to(wide)
@@ -193,6 +196,11 @@ def _multiply(x: Tensor, w: Tensor | ExpertMatrix, schedule: _Schedule, problem:
     kernels of other backends.
     """
     out = x.new_empty(x.shape[0], w.shape[1])
+    if not x.is_cuda and x.element_size() == 2 and x.shape[1] % 32:
+        # oneDNN multiplies 32 columns at a time on AMX, and may read past the end of a row, times 0: a NaN in the next
+        # row, or in memory that is nobody's, was then this row's (bfloat16, K = 33, 257, 1025; torch 2.13).
+        x = _room(x, x.shape[0]).copy_(x)
+    alone = _room(x, 1)
     # split_with_sizes and one transpose for all: what the loop does per expert is a good part of a decode step.
     x_rows, out_rows = x.split_with_sizes(schedule.counts), out.split_with_sizes(schedule.counts)
     if isinstance(w, Tensor):
@@ -202,8 +210,18 @@ def _multiply(x: Tensor, w: Tensor | ExpertMatrix, schedule: _Schedule, problem:
     with _float32_products(precision, x) if x.dtype == torch.float32 else contextlib.nullcontext():
         for expert, x_e, out_e in zip(schedule.experts, x_rows, out_rows, strict=True):
             w_e = w[expert] if isinstance(w, Tensor) else w.dequantize_expert(expert, x.dtype).T
-            torch.mm(x_e, w_e, out=out_e)
+            if not problem.batch_invariant:
+                torch.mm(x_e, w_e, out=out_e)
+                continue
+            for row in range(x_e.shape[0]):  # from one place, as the address may decide too
+                alone.copy_(x_e[row])
+                out_e[row] = torch.mm(alone, w_e)[0]
     return out
+
+
+def _room(x: Tensor, n_rows: int) -> Tensor:
+    """Memory for rows like those of x, each with zeros behind it up to a multiple of 32 columns."""
+    return x.new_zeros(n_rows, -(-x.shape[1] // 32) * 32)[:, : x.shape[1]]
 
 
 @contextlib.contextmanager

@@ -26,6 +26,9 @@ WRONG, REFUSED = 1, 2
 
 Device = Annotated[str | None, typer.Option(help="Where to run, as torch names it; the first GPU, else the CPU.")]
 Backend = Annotated[str | None, typer.Option(help="auto, triton or torch; FUSEDMOE_BACKEND when left out.")]
+Invariant = Annotated[
+    bool, typer.Option("--batch-invariant", help="A row's bits depend on its own token alone, whatever T is.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")]
 
 
@@ -152,6 +155,7 @@ def explain_command(
         str | None, typer.Option(help="sm_75, sm_80, sm_86, sm_89, sm_90, sm_100, gfx942 or cpu; this device.")
     ] = None,
     backend: Backend = None,
+    batch_invariant: Invariant = False,
     json: Json = False,
 ) -> None:
     """Say how a call would be run: backend, kernels, tiles, workspace and floor, and why the others not."""
@@ -178,6 +182,7 @@ def explain_command(
         scheme=scheme,
         arch=arch,
         backend=backend,
+        batch_invariant=batch_invariant,
     )
     if json:
         typer.echo(_json(found))
@@ -249,6 +254,7 @@ def bench(
     beside: Annotated[
         list[Path] | None, typer.Option(help="Figures of another library, as in benchmarks/peers; repeatable.")
     ] = None,
+    batch_invariant: Invariant = False,
     json: Annotated[str | None, typer.Option(metavar="FILE", help="Write JSON there; - is stdout, alone.")] = None,
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Draw a roofline and bars: FILE.png and FILE.svg.")
@@ -275,6 +281,7 @@ def bench(
         "backends": backend or [None],
         "routings": [benchmark.routing_of(name) for name in routing or ["uniform"]],
         "peers": benchmark.peers_of(peer or ()),
+        "batch_invariant": batch_invariant,
     }
     types = _types(shapes, schemes, counts[0], kind, where)
     ceilings = benchmark.measure_ceilings(where, types)

@@ -20,6 +20,7 @@ from fusedmoe.target import target_of
 VARIABLES = {
     "backend": "FUSEDMOE_BACKEND",
     "shared_memory_cap": "FUSEDMOE_SHARED_MEMORY_CAP",
+    "batch_invariant": "FUSEDMOE_BATCH_INVARIANT",
     "interpret": "TRITON_INTERPRET",
 }
 PACKAGES = ("torch", "triton", "transformers", "safetensors", "typer", "rich")

@@ -71,6 +71,7 @@ class Problem:
     weight_on_input: bool = False
     expert_map: bool = False
     fp32_precision: Fp32Precision = "ieee"
+    batch_invariant: bool = False  # a row's bits depend on its token alone
 
     @property
     def slots(self) -> int:
