@@ -204,12 +204,24 @@ def env(json: Json = False) -> None:
 
 
 @app.command()
-def check(device: Device = None, backend: Backend = None, json: Json = False) -> None:
-    """Test every capability on this machine's device, one line each."""
+def check(
+    device: Device = None,
+    backend: Backend = None,
+    fuzz: Annotated[
+        int | None, typer.Option(min=1, help="Run so many random problems instead, against the reference.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the random problems; drawn, and printed, when left out.")] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Processes that share the random problems and compile.")] = 1,
+    json: Json = False,
+) -> None:
+    """Test every capability on this machine's device, one line each; or random problems."""
     from fusedmoe.cli import show
     from fusedmoe.selftest import selftest
 
     where = _device(device)
+    if fuzz is not None:
+        _fuzz(where, fuzz, seed, jobs, json=json)
+        return
     results = []
     for result in selftest(where, backend):
         results.append(result)
@@ -222,6 +234,37 @@ def check(device: Device = None, backend: Backend = None, json: Json = False) ->
         failed = sum(not result.ok for result in results)
         typer.echo(f"{len(results) - failed} of {len(results)} passed on {where}")
     if not ok:
+        raise typer.Exit(WRONG)
+
+
+def _fuzz(device: torch.device, count: int, seed: int | None, jobs: int, *, json: bool) -> None:
+    """Random problems: a line for each that is wrong, and one for all."""
+    import secrets
+    import time
+
+    from fusedmoe.cli.environment import name_of, versions
+    from fusedmoe.target import target_of
+    from fusedmoe.testing.fuzz import fuzz
+
+    seed = secrets.randbelow(2**32) if seed is None else seed
+    typer.echo(f"seed {seed}", err=json)
+    start, ran, wrong, worst = time.monotonic(), 0, [], 0.0
+    for outcome in fuzz(count, seed, device, jobs=jobs, small=target_of(device).interpret):
+        ran += 1
+        if not outcome.ok:
+            wrong.append(outcome)
+            typer.echo(f"FAIL {outcome}", err=json)
+        worst = max(worst, (outcome.error or 0.0) / outcome.tolerance)
+    seconds = time.monotonic() - start
+    if json:
+        found = {"device": name_of(device), "versions": versions(), "seed": seed, "problems": ran, "seconds": seconds}
+        typer.echo(_json({**found, "worst": worst, "wrong": [asdict(outcome) for outcome in wrong]}))
+    else:
+        typer.echo(
+            f"{ran} random problems on {name_of(device)}, seed {seed}: {len(wrong)} wrong; "
+            f"the largest error is {worst:.2f} of its bound; {seconds:.0f} s"
+        )
+    if wrong:
         raise typer.Exit(WRONG)
 
 
