@@ -275,7 +275,7 @@ def test_default_backend_over_options(row):
     out = torch.full((40, 33), float("nan"), dtype=args[0].dtype)
     assert fusedmoe.fused_experts(*args, out=out, **options) is out
     # The torch backend rounds the products to the type before bias and activation: one rounding more.
-    bound = {"float32": 2e-6, "float16": 2.0**-9, "bfloat16": 2.0**-6}[case.dtype]
+    bound = {"float32": 1e-6, "float16": 2.0**-9, "bfloat16": 2.0**-6}[case.dtype]
     assert relative_error(out, reference.fused_experts(*args, **options)) < bound, case
 
 
@@ -295,6 +295,22 @@ def test_compiled_whole_with_dynamic_tokens(form):
             a[0], a[3], a[4] = torch.randn(tokens, H), torch.rand(tokens, K), torch.randint(E, (tokens, K))
             assert torch.equal(compiled(*a), layer(*a))
     assert frames.frame_count <= 2
+
+
+def test_a_thousand_numbers_of_tokens_compile_at_most_thrice():
+    """The first; any, when it has changed; and one token, which torch always compiles for itself."""
+    layer = fusedmoe.FusedExperts(E, 16, 8)
+    torch._dynamo.reset()
+    frames = torch._dynamo.testing.CompileCounterWithBackend("eager")
+    compiled = torch.compile(layer, fullgraph=True, backend=frames)
+    g = torch.Generator().manual_seed(0)
+    sizes = [1, 2, 3, 16, 8, E, *torch.randint(1, 5000, (994,), generator=g).tolist()]
+    x, weights, ids = torch.randn(5000, 16), torch.rand(5000, K), torch.randint(E, (5000, K))
+    with torch.no_grad():
+        for tokens in sizes:
+            compiled(x[:tokens], weights[:tokens], ids[:tokens])
+        assert torch.equal(compiled(x[:777], weights[:777], ids[:777]), layer(x[:777], weights[:777], ids[:777]))
+    assert frames.frame_count <= 3
 
 
 def test_a_mistake_is_explained_when_compiled_too():

@@ -18,6 +18,7 @@ functions of several elements at once leave the last ones of a tensor to others 
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -37,6 +38,8 @@ from fusedmoe.spec.problem import Problem
 
 #: Elements of a float32 temporary. Fits the cache of a core, and bounds the memory needed beside the rows.
 PIECE = 1 << 18
+#: Held while the precision of float32 products is another one than the process asked for.
+_PRECISION = threading.Lock()
 
 
 class _Schedule(NamedTuple):
@@ -229,12 +232,13 @@ def _float32_products(precision: Fp32Precision, x: Tensor) -> Iterator[None]:
     """Multiply float32 as the problem says, whatever ``torch.set_float32_matmul_precision`` says."""
     backends = torch.backends
     library = backends.cuda.matmul if x.is_cuda else backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before = library.fp32_precision
-    library.fp32_precision = precision
-    try:
-        yield
-    finally:
-        library.fp32_precision = before
+    with _PRECISION:  # is the process's: a thread that restored it would change it for another one
+        before = library.fp32_precision
+        library.fp32_precision = precision
+        try:
+            yield
+        finally:
+            library.fp32_precision = before
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -121,8 +121,7 @@ def draw_layer(chooser: random.Random, *, small: bool = False) -> Case:
         first, second = (chooser.choice(formats_of(chooser.choice(tuple(SCHEMES)))) for _ in range(2))
         options |= quantised
         options["formats"] = {"both": (first, second), "w13": (first, None), "w2": (None, second)}[which]
-    sizes = {"top_k": top_k, "experts": experts, "hidden": hidden, "intermediate": intermediate}
-    return Case(tokens=1, **sizes, **options).fitted()
+    return Case.of((1, top_k, experts, hidden, intermediate), **options).fitted()
 
 
 def _backend(case: Case, chooser: random.Random, device: torch.device) -> str:
