@@ -13,12 +13,13 @@ import torch
 
 from fusedmoe import checkpoint
 from fusedmoe.checkpoint import read_experts
-from fusedmoe.errors import DeviceError, DTypeError, LayoutError, OptionError, ShapeError, explain
+from fusedmoe.errors import DTypeError, LayoutError, OptionError, ShapeError, explain
 from fusedmoe.expert_matrix import ExpertMatrix
 from fusedmoe.functional import fused_experts
 from fusedmoe.spec.activation import Activation
 from fusedmoe.spec.format import Format
 from fusedmoe.spec.layout import GATE_UP_LAYOUTS, WEIGHT_LAYOUTS, GateUpLayout, WeightLayout
+from fusedmoe.target import device_of
 
 __all__ = ["FusedExperts"]
 
@@ -451,11 +452,7 @@ def _check_storage(dtype: object, device: Any, expert_map: object) -> None:
         do = "Quantised layers are made by FusedExperts.of."
         raise DTypeError(explain("dtype", got=repr(dtype), wanted=" or ".join(map(str, FLOATS)), do=do))
     if device is not None:
-        try:
-            torch.empty(0, device=device)
-        except (AssertionError, RuntimeError, TypeError) as cause:
-            got, do = f"{device!r} ({(str(cause).splitlines() or [''])[0]})", "See fusedmoe env."
-            raise DeviceError(explain("device", got=got, wanted="a device of this machine", do=do)) from cause
+        device_of(device)
     if expert_map is not None:
         _require_tensor("expert_map", expert_map)
 

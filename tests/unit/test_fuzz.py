@@ -399,6 +399,30 @@ def everything_that_reads(path: Path) -> None:
         shutil.rmtree(target)
 
 
+@fuzz(100)
+@hypothesis.given(st.data())
+def test_arguments_of_the_readers(data):
+    ranges = st.one_of(st.tuples(st.integers(-3, 40), st.integers(-3, 40)), JUNK)
+    changes = {
+        "directory": st.one_of(JUNK, st.text(max_size=5)),
+        "layer": NUMBERS,
+        "experts": ranges,
+        "intermediate": ranges,
+        "dtype": st.one_of(st.sampled_from(DTYPES), JUNK),
+        "device": st.sampled_from(["cpu", "meta", "nonsense", "cuda:99", [], 1.5]),
+    }
+    with directory(data.draw(STORED)) as path:
+        arguments = {"directory": path, "layer": 0}
+        for name in data.draw(st.sets(st.sampled_from(sorted(changes)), max_size=2)):
+            arguments[name] = data.draw(changes[name])
+        with explained():
+            fusedmoe.FusedExperts.from_checkpoint(**arguments)
+        for name in ("experts", "intermediate"):
+            arguments.pop(name, None)
+        with explained():
+            checkpoint.read_router(**arguments)
+
+
 @fuzz(300)
 @hypothesis.given(st.data())
 def test_broken_configuration(data):

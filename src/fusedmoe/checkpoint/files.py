@@ -233,10 +233,10 @@ class Files:
     def block(self, layer: int) -> str:
         """Prefix of the names of one layer's mixture."""
         blocks, layers = self.blocks()
-        if layer not in blocks:
+        if type(layer) is not int or layer not in blocks:
             raise error(
                 f"layer {layer} of {self.directory}",
-                got="a layer without routed experts" if layer in layers else "no such layer",
+                got="a layer without routed experts" if type(layer) is int and layer in layers else "no such layer",
                 wanted=f"one of the layers with experts: {_ranges(blocks)}" if blocks else "a layer with experts",
                 do="Choose one of them." if blocks else "No layer here has experts under a known name.",
             )
@@ -277,5 +277,8 @@ def _broken_file(path: Path) -> Iterator[None]:
 @contextmanager
 def open_checkpoint(directory: str | os.PathLike[str]) -> Iterator[Files]:
     """Open a directory; the files that were opened on the way are closed at the end."""
+    if not isinstance(directory, (str, os.PathLike)) or "\0" in str(directory):
+        do = "Pass the path of a directory."
+        raise error("checkpoint", got=repr(directory), wanted="a str or os.PathLike", do=do)
     with ExitStack() as stack:
         yield Files(Path(directory), stack)

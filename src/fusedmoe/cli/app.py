@@ -56,19 +56,10 @@ app.command("quantize")(quantize)
 
 
 def _device(name: str | None) -> torch.device:
-    import torch
-
     from fusedmoe.bench import default_device
-    from fusedmoe.errors import DeviceError
+    from fusedmoe.target import device_of
 
-    if name is None:
-        return default_device()
-    try:
-        return torch.empty(1, device=name).device
-    except (RuntimeError, AssertionError) as cause:
-        reason = (str(cause).splitlines() or [""])[0]
-        message = explain("--device", got=f"{name!r} ({reason})", wanted="a device of this machine", do="See env.")
-        raise DeviceError(message) from cause
+    return default_device() if name is None else device_of(name, "--device")
 
 
 def _integers(option: str, text: str) -> list[int]:
