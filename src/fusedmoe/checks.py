@@ -11,6 +11,7 @@ import torch
 from fusedmoe.call import Call
 from fusedmoe.errors import DeviceError, DTypeError, GradientError, LayoutError, OptionError, ShapeError, explain
 from fusedmoe.expert_matrix import ExpertMatrix
+from fusedmoe.settings import settings
 from fusedmoe.spec.activation import IDENTITY, Activation
 from fusedmoe.spec.format import ELEMENTS
 from fusedmoe.spec.layout import FP32_PRECISIONS, GATE_UP_LAYOUTS, WEIGHT_LAYOUTS, Matrix
@@ -18,6 +19,8 @@ from fusedmoe.spec.problem import Problem
 
 MAX_TOP_K = 64
 MAX_EXPERTS = 4096
+#: Slots T * top_k: kernels number them, and the tiles that they make, in int32.
+MAX_SLOTS = 2**26
 
 Experts = torch.Tensor | ExpertMatrix
 
@@ -39,6 +42,9 @@ def _tensor(
                 name, got=type(value).__name__, wanted=f"a torch.Tensor {shape}", do="Convert it with torch.as_tensor."
             )
         )
+    if value.layout != torch.strided or value.is_nested:
+        got = "a nested tensor" if value.is_nested else value.layout
+        raise LayoutError(explain(name, got=got, wanted="a dense tensor", do=f"Call {name}.to_dense()."))
     if value.dim() != dim:
         raise ShapeError(
             explain(
@@ -48,8 +54,9 @@ def _tensor(
                 do="Reshape it (flatten leading dimensions of hidden states to T).",
             )
         )
-    if value.layout != torch.strided:
-        raise LayoutError(explain(name, got=value.layout, wanted="a dense tensor", do=f"Call {name}.to_dense()."))
+    if value.is_neg():  # its memory holds the negated numbers, and memory is what a kernel reads
+        do = f"Call {name}.resolve_neg()."
+        raise LayoutError(explain(name, got="a view that negates", wanted="numbers as they lie in memory", do=do))
     if value.dtype not in dtypes:
         quantised = value.dtype in (torch.int8, torch.uint8) or "float8" in str(value.dtype)
         do = (
@@ -75,10 +82,16 @@ def _size(name: str, got: tuple[int, ...], wanted: tuple[int, ...], meaning: str
 
 
 def _choice(name: str, got: object, allowed: tuple[str, ...]) -> None:
-    if got not in allowed:
+    if not isinstance(got, str) or got not in allowed:
         raise OptionError(
             explain(name, got=repr(got), wanted=" or ".join(map(repr, allowed)), do="Choose one of them.")
         )
+
+
+def _flag(name: str, got: object) -> bool:
+    if not isinstance(got, (bool, int)):
+        raise OptionError(explain(name, got=type(got).__name__, wanted="True or False", do="Pass a bool."))
+    return bool(got)
 
 
 def _matrix(w: Experts) -> Matrix:
@@ -224,6 +237,9 @@ def _check_ids(x: torch.Tensor, topk_ids: torch.Tensor) -> None:
         raise ShapeError(
             explain("topk_ids", got=f"top_k = {top_k}", wanted=f"1 to {MAX_TOP_K}", do="Check the router.")
         )
+    if n_tokens * top_k > MAX_SLOTS:
+        got, wanted = f"{n_tokens} tokens of {top_k} experts", f"at most {MAX_SLOTS} of both together"
+        raise ShapeError(explain("topk_ids", got=got, wanted=wanted, do="Split the tokens into several calls."))
 
 
 def _check_routing(x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> None:
@@ -233,9 +249,14 @@ def _check_routing(x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.
     _size("topk_weights", *shapes, "the shape of topk_ids", "Pass both as the router returned them.")
 
 
+def _no(got: object, count: int) -> bool:
+    """It is not this number, or no number at all."""
+    return not isinstance(got, int) or got != count
+
+
 def _check_map(expert_map: torch.Tensor | None, global_num_experts: int | None, w13: Experts) -> None:
     if expert_map is None:
-        if global_num_experts is not None and global_num_experts != w13.shape[0]:
+        if global_num_experts is not None and _no(global_num_experts, w13.shape[0]):
             raise OptionError(
                 explain(
                     "global_num_experts",
@@ -252,7 +273,7 @@ def _check_map(expert_map: torch.Tensor | None, global_num_experts: int | None, 
     if expert_map.shape[0] < 1:
         do = "Drop it when all experts are local."
         raise ShapeError(explain("expert_map", got="no entries", wanted="one per global expert", do=do))
-    if global_num_experts is not None and global_num_experts != expert_map.shape[0]:
+    if global_num_experts is not None and _no(global_num_experts, expert_map.shape[0]):
         wanted = f"{expert_map.shape[0]}, the length of expert_map"
         raise OptionError(
             explain("global_num_experts", got=global_num_experts, wanted=wanted, do="Leave it out, or fix the map.")
@@ -298,23 +319,61 @@ def _check_codes(x: torch.Tensor, scale: object, w13: Experts, dtype: torch.dtyp
     return scale
 
 
+def _apart(tensor: torch.Tensor) -> bool:
+    """No two elements share memory: every dimension steps over all that those with smaller steps reach."""
+    reach = 0
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride <= reach:
+            return False
+        reach += stride * (size - 1)
+    return True
+
+
 def _check_out(out: torch.Tensor | None, x: torch.Tensor, dtype: torch.dtype) -> None:
     if out is None:
         return
     do = "Allocate torch.empty_like(hidden_states)."
     _tensor("out", out, "[T, H]", 2, (dtype,), x.device)
     _size("out", tuple(out.shape), tuple(x.shape), "the shape of hidden_states", do)
-    overlaps_itself = 0 in out.stride() and out.numel() > 1
-    if x.numel() and (overlaps_itself or out.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()):
+    shared = not x.is_meta and out.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
+    if x.numel() and (shared or not _apart(out)):
         got = "memory that is shared with hidden_states or with itself"
         raise LayoutError(explain("out", got=got, wanted="memory of its own", do=do))
+
+
+def _span(tensor: torch.Tensor) -> tuple[int, int]:
+    """First byte of a tensor, and the first behind it."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size() if tensor.numel() else 0
+
+
+def _check_workspace(workspace: torch.Tensor | None, **others: torch.Tensor | None) -> None:
+    """No tensor of the call may lie in memory that the call scribbles on; what else it must be, its user says."""
+    if not isinstance(workspace, torch.Tensor) or workspace.layout != torch.strided or workspace.is_meta:
+        return
+    start, stop = _span(workspace)
+    for name, other in others.items():
+        if other is not None and other.device == workspace.device and _span(other)[0] < stop > start < _span(other)[1]:
+            got = f"memory that is shared with {name}"
+            raise LayoutError(explain("workspace", got=got, wanted="memory of its own", do="Allocate it anew."))
+
+
+def _check_uncoupled(**matrices: Experts | None) -> None:
+    """A scale that is computed from all rows makes the bits of each depend on all."""
+    for name, w in matrices.items():
+        inputs = w.format.inputs if isinstance(w, ExpertMatrix) else None
+        if inputs is not None and inputs.mode == "tensor":
+            got = f"a {name} that quantises its rows with one dynamic scale for all of them"
+            do = "Quantise rows per token or group or with a static scale, or leave batch_invariant out."
+            raise OptionError(explain("batch_invariant", got=got, wanted="rows that share no scale", do=do))
 
 
 def _check_no_gradient(**tensors: Experts | None) -> None:
     if not torch.is_grad_enabled():
         return
-    for name, tensor in tensors.items():
-        if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
+    for name, value in tensors.items():
+        parts = value.tensors().values() if isinstance(value, ExpertMatrix) else (value,)
+        if any(part is not None and part.requires_grad for part in parts):
             raise GradientError(
                 explain(
                     f"{name} requires grad",
@@ -344,6 +403,7 @@ def check(
     expert_map: torch.Tensor | None = None,
     global_num_experts: int | None = None,
     fp32_precision: str = "ieee",
+    batch_invariant: bool | None = None,
     out: torch.Tensor | None = None,
     workspace: torch.Tensor | None = None,
 ) -> Call:
@@ -377,8 +437,18 @@ def check(
     _check_routing(hidden_states, topk_weights, topk_ids)
     _check_map(expert_map, global_num_experts, w13)
     _check_out(out, hidden_states, dtype)
+    _check_workspace(workspace, out=out, hidden_states=hidden_states, topk_weights=topk_weights, topk_ids=topk_ids)
+    invariant = settings().batch_invariant if batch_invariant is None else _flag("batch_invariant", batch_invariant)
+    if invariant:
+        _check_uncoupled(w13=w13 if hidden_states_scale is None else None, w2=w2)
     _check_no_gradient(
-        hidden_states=hidden_states, w13=w13, w2=w2, topk_weights=topk_weights, w13_bias=w13_bias, w2_bias=w2_bias
+        hidden_states=hidden_states,
+        w13=w13,
+        w2=w2,
+        topk_weights=topk_weights,
+        w13_bias=w13_bias,
+        w2_bias=w2_bias,
+        hidden_states_scale=hidden_states_scale,
     )
     problem = Problem(
         tokens=hidden_states.shape[0],
@@ -391,17 +461,18 @@ def check(
         w13_format=w13.format if isinstance(w13, ExpertMatrix) else None,
         w2_format=w2.format if isinstance(w2, ExpertMatrix) else None,
         inputs_dtype=codes_dtype,
-        emulate=bool(emulate),
+        emulate=_flag("emulate", emulate),
         rows_aligned=_aligned(hidden_states),
         gate_up="interleaved" if gate_up_layout == "interleaved" else "concatenated",
         w13=_matrix(w13),
         w2=_matrix(w2),
         w13_bias=w13_bias is not None,
         w2_bias=w2_bias is not None,
-        weight_on_input=bool(apply_router_weight_on_input),
+        weight_on_input=_flag("apply_router_weight_on_input", apply_router_weight_on_input),
         expert_map=expert_map is not None,
         known_experts=0 if expert_map is None else expert_map.shape[0],
         fp32_precision="tf32" if fp32_precision == "tf32" else "ieee",
+        batch_invariant=invariant,
     )
     return Call(
         problem,

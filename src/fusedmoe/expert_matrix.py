@@ -83,7 +83,7 @@ class ExpertMatrix:
             raise ShapeError(
                 explain("data of an expert matrix", got=tuple(data.shape), wanted="[E, N, K]", do="Stack the experts.")
             )
-        if isinstance(scheme, str):
+        if not isinstance(scheme, Format):
             scheme = _infer(scheme, data, scale, zero, input_scale, block, group, inputs)
         self.format = scheme
         self.data = data
@@ -126,7 +126,7 @@ class ExpertMatrix:
         allowed = {None: (one, two), 1: (one,), 2: (two, 1) if block_n == 0 else (two,)}
         if n_rows % 2:
             allowed = {None: (one,), 1: (one,)}
-        if parts not in allowed:
+        if type(parts) not in (int, type(None)) or parts not in allowed:
             raise OptionError(explain("parts", got=parts, wanted="1, or 2 for an even N", do="See ExpertMatrix."))
         shapes = " or ".join(f"({n_experts}, {r}, {columns})" for r in dict.fromkeys(allowed[parts]))
         if tuple(self.scale.shape) not in [(n_experts, r, columns) for r in allowed[parts]]:
@@ -144,6 +144,7 @@ class ExpertMatrix:
         self._optional("tensor_scale", form.tensor_scale, (n_experts,), torch.float32)
         static = form.inputs is not None and form.inputs.mode == "static"
         if isinstance(self.input_scale, Tensor) and self.input_scale.numel() == 1:
+            _tensor("input_scale", self.input_scale, "(1,)")
             self.input_scale = self.input_scale.reshape(1)
         self._optional("input_scale", static, (1,), torch.float32)
 
@@ -264,6 +265,10 @@ def _tensor(name: str, value: Any, shape: str) -> None:
                 do="Pass one.",
             )
         )
+    if value.layout != torch.strided or value.is_nested or value.is_neg():
+        got = value.layout if value.layout != torch.strided else "a nested tensor, or a view that negates"
+        do = "Make it dense: tensor.to_dense(), tensor.resolve_neg()."
+        raise LayoutError(explain(f"{name} of an expert matrix", got=got, wanted="numbers as they lie", do=do))
 
 
 def _dtype(name: str, value: Tensor, dtype: torch.dtype, form: Format) -> None:
@@ -289,7 +294,7 @@ def _infer(
     inputs: str | None,
 ) -> Format:
     """The format that the tensors of a named scheme speak of."""
-    if scheme not in SCHEMES:
+    if not isinstance(scheme, str) or scheme not in SCHEMES:
         return format_of(scheme)  # raises
     has = SCHEMES[scheme]
     element = next((e for e in has.elements if getattr(torch, ELEMENTS[e].dtype) == data.dtype), has.elements[0])

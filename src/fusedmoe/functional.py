@@ -37,6 +37,7 @@ def fused_experts(
     expert_map: torch.Tensor | None = None,
     global_num_experts: int | None = None,
     fp32_precision: Fp32Precision = "ieee",
+    batch_invariant: bool | None = None,
     backend: str | None = None,
     out: torch.Tensor | None = None,
     workspace: torch.Tensor | None = None,
@@ -78,6 +79,9 @@ def fused_experts(
         expert_map: [E_global] int32 or int64, local id of each global expert or a negative number.
         global_num_experts: length of expert_map, checked when given.
         fp32_precision: products of float32 operands: "ieee", or "tf32" where the device has it.
+        batch_invariant: a row of the result has the same bits whatever T, its place, its neighbours and their experts
+            are, on this device with this backend ("auto" counts as one); costs some speed. Not for schemes whose rows
+            share a dynamic scale. None takes the process's setting (FUSEDMOE_BATCH_INVARIANT), which is off.
         backend: "auto", "gluon_sm90", "triton" or "torch"; None takes the process's setting (FUSEDMOE_BACKEND).
         out: [T, H], written and returned; may not share memory with hidden_states.
         workspace: uint8 buffer of at least :func:`workspace_bytes`; None allocates it. Under torch.compile the
@@ -127,6 +131,7 @@ def fused_experts(
             fp32_precision,
             backend,
             workspace_limit,
+            batch_invariant,
         )
         return result if out is None else out.copy_(result)
     call = check(
@@ -147,6 +152,7 @@ def fused_experts(
         expert_map=expert_map,
         global_num_experts=global_num_experts,
         fp32_precision=fp32_precision,
+        batch_invariant=batch_invariant,
         out=out,
         workspace=workspace,
     )

@@ -11,13 +11,15 @@ from typing import Any
 
 import torch
 
+from fusedmoe import checkpoint
 from fusedmoe.checkpoint import ExpertsCheckpoint, read_experts
-from fusedmoe.errors import LayoutError, OptionError, ShapeError, explain
+from fusedmoe.errors import DTypeError, LayoutError, OptionError, ShapeError, explain
 from fusedmoe.expert_matrix import ExpertMatrix
 from fusedmoe.functional import fused_experts
 from fusedmoe.spec.activation import Activation
 from fusedmoe.spec.format import Format
 from fusedmoe.spec.layout import GATE_UP_LAYOUTS, WEIGHT_LAYOUTS, GateUpLayout, WeightLayout
+from fusedmoe.target import device_of
 
 __all__ = ["FusedExperts"]
 
@@ -65,6 +67,7 @@ class FusedExperts(torch.nn.Module):
         apply_router_weight_on_input: bool = False,
         expert_map: torch.Tensor | None = None,
         emulate: bool = False,
+        batch_invariant: bool | None = None,
         backend: str | None = None,
         dtype: torch.dtype | None = None,
         device: str | torch.device | None = None,
@@ -73,8 +76,8 @@ class FusedExperts(torch.nn.Module):
 
         Args:
             num_experts, hidden_size, intermediate_size: E, H and I.
-            activation, gate_up_layout, weight_layout, apply_router_weight_on_input, expert_map, emulate, backend:
-                options of :func:`fusedmoe.fused_experts`.
+            activation, gate_up_layout, weight_layout, apply_router_weight_on_input, expert_map, emulate,
+                batch_invariant, backend: options of :func:`fusedmoe.fused_experts`.
             bias: have w13_bias and w2_bias.
             dtype, device: of the parameters; the defaults of torch when None, so that
                 ``with torch.device("meta")`` works.
@@ -82,17 +85,20 @@ class FusedExperts(torch.nn.Module):
         Raises:
             ShapeError: a size is not an integer above 0.
             OptionError: an unknown activation or layout.
+            DTypeError, DeviceError: dtype is no type of a layer, device none of this machine, expert_map no tensor.
         """
         super().__init__()
+        _check_storage(dtype, device, expert_map)
         sizes = {"num_experts": num_experts, "hidden_size": hidden_size, "intermediate_size": intermediate_size}
         for name, size in sizes.items():
-            if not isinstance(size, int) or size < 1:
-                raise ShapeError(explain(name, got=repr(size), wanted="an integer above 0", do="Pass the true size."))
+            if not isinstance(size, int) or isinstance(size, bool) or not 0 < size < LARGEST:
+                wanted = f"an integer above 0 and below {LARGEST}"
+                raise ShapeError(explain(name, got=repr(size), wanted=wanted, do="Pass the true size."))
         for name, layout, known in (
             ("gate_up_layout", gate_up_layout, GATE_UP_LAYOUTS),
             ("weight_layout", weight_layout, WEIGHT_LAYOUTS),
         ):
-            if layout not in known:
+            if not isinstance(layout, str) or layout not in known:
                 raise OptionError(
                     explain(name, got=repr(layout), wanted=" or ".join(map(repr, known)), do="See fused_experts.")
                 )
@@ -104,6 +110,7 @@ class FusedExperts(torch.nn.Module):
         self.weight_layout: WeightLayout = weight_layout
         self.apply_router_weight_on_input = apply_router_weight_on_input
         self.emulate = emulate
+        self.batch_invariant = batch_invariant
         self.backend = backend
         self._matrices: dict[str, tuple[tuple[torch.Tensor, ...], ExpertMatrix]] = {}
 
@@ -166,6 +173,12 @@ class FusedExperts(torch.nn.Module):
         >>> sorted(layer.state_dict())
         ['formats._extra_state', 'w13', 'w13_scale', 'w2', 'w2_scale']
         """
+        for name, tensor in (("w13", w13), ("w2", w2), ("w13_bias", w13_bias), ("w2_bias", w2_bias)):
+            if isinstance(tensor, ExpertMatrix) and name in ("w13", "w2"):
+                continue
+            if "bias" not in name or tensor is not None:
+                _require_tensor(name, tensor)
+                _require_float(name, tensor)
         if len(w2.shape) != 3:
             raise ShapeError(
                 explain("w2", got=tuple(w2.shape), wanted="[E, H, I], or [E, I, H] as KN", do="Stack the experts.")
@@ -202,6 +215,7 @@ class FusedExperts(torch.nn.Module):
         device: str | torch.device = "cpu",
         progress: bool | None = None,
         emulate: bool = False,
+        batch_invariant: bool | None = None,
         backend: str | None = None,
     ) -> FusedExperts:
         """Read the routed experts of one layer of a Hugging Face checkpoint, all or a slice, quantised or not.
@@ -219,11 +233,16 @@ class FusedExperts(torch.nn.Module):
             device=device,
             progress=progress,
         )
-        return cls.of_checkpoint(stored, emulate=emulate, backend=backend)
+        return cls.of_checkpoint(stored, emulate=emulate, batch_invariant=batch_invariant, backend=backend)
 
     @classmethod
     def of_checkpoint(
-        cls, stored: ExpertsCheckpoint, *, emulate: bool = False, backend: str | None = None
+        cls,
+        stored: ExpertsCheckpoint,
+        *,
+        emulate: bool = False,
+        batch_invariant: bool | None = None,
+        backend: str | None = None,
     ) -> FusedExperts:
         """Experts that hold what :func:`fusedmoe.checkpoint.read_experts` has read, without a copy."""
         return cls.of(
@@ -237,6 +256,7 @@ class FusedExperts(torch.nn.Module):
             apply_router_weight_on_input=stored.apply_router_weight_on_input,
             expert_map=stored.expert_map(),
             emulate=emulate,
+            batch_invariant=batch_invariant,
             backend=backend,
         )
 
@@ -322,6 +342,16 @@ class FusedExperts(torch.nn.Module):
             LayoutError: the leading dimensions of out cannot be flattened without a copy.
             Others as :func:`fusedmoe.fused_experts`, GradientError among them.
         """
+        scale = hidden_states_scale
+        for name, tensor, needed in (
+            ("hidden_states", hidden_states, True),
+            ("topk_weights", topk_weights, True),
+            ("topk_ids", topk_ids, True),
+            ("hidden_states_scale", scale, False),
+            ("out", out, False),
+        ):
+            if needed or tensor is not None:
+                _require_tensor(name, tensor)
         lead = hidden_states.shape[:-1]
         tokens = math.prod(lead)
         for name, tensor in (("topk_weights", topk_weights), ("topk_ids", topk_ids), ("out", out)):
@@ -336,7 +366,6 @@ class FusedExperts(torch.nn.Module):
                         do="Give all arguments the same leading dimensions.",
                     )
                 )
-        scale = hidden_states_scale
         if scale is not None and scale.dim() > 2 and scale.shape[:-1] == lead:
             scale = scale.reshape(tokens, -1)
         result = fused_experts(
@@ -348,6 +377,7 @@ class FusedExperts(torch.nn.Module):
             hidden_states_scale=scale,
             dtype=dtype,
             emulate=self.emulate,
+            batch_invariant=self.batch_invariant,
             activation=self.activation,
             gate_up_layout=self.gate_up_layout,
             weight_layout=self.weight_layout,
@@ -368,6 +398,7 @@ class FusedExperts(torch.nn.Module):
             ("weight_layout", "NK"),
             ("apply_router_weight_on_input", False),
             ("emulate", False),
+            ("batch_invariant", None),
             ("backend", None),
         ):
             if getattr(self, name) != default:
@@ -380,6 +411,10 @@ class FusedExperts(torch.nn.Module):
         return ", ".join(parts)
 
 
+#: Types that weights may be held in; float64 is not one that a layer computes in, but may be cast.
+FLOATS = tuple(checkpoint.files.FLOATS.values())
+#: Sizes below it make no address that 64 bits cannot hold.
+LARGEST = 2**20
 #: Tensors of an ExpertMatrix beside its codes.
 _PARTS = ("scale", "zero", "tensor_scale", "input_scale")
 
@@ -398,10 +433,40 @@ class _Formats(torch.nn.Module):
 
     def set_extra_state(self, state: torch.Tensor) -> None:
         """Compare."""
-        got, own = (json.loads(bytes(text.tolist())) for text in (state, self.get_extra_state()))
+        own = json.loads(bytes(self.get_extra_state().tolist()))
+        try:
+            got = json.loads(bytes(state.tolist()))
+        except (AttributeError, RecursionError, RuntimeError, TypeError, ValueError):
+            got = repr(state)
         if got != own:
             do = "Load it into a layer that was made from matrices of the same formats."
             raise OptionError(explain("formats of quantised experts in a state dict", got=got, wanted=own, do=do))
+
+
+def _require_tensor(name: str, value: object) -> None:
+    if not isinstance(value, torch.Tensor):
+        got, do = type(value).__name__, "Convert it with torch.as_tensor."
+        raise DTypeError(explain(name, got=got, wanted="a torch.Tensor", do=do))
+    if value.layout != torch.strided or value.is_nested:
+        got = "a nested tensor" if value.is_nested else str(value.layout)
+        raise LayoutError(explain(name, got=got, wanted="a dense tensor", do=f"Call {name}.to_dense()."))
+
+
+def _require_float(name: str, value: Any) -> None:
+    if value.dtype not in FLOATS:
+        do = "Quantised experts are a fusedmoe.ExpertMatrix, which has their scales."
+        raise DTypeError(explain(name, got=value.dtype, wanted=" or ".join(map(str, FLOATS)), do=do))
+
+
+def _check_storage(dtype: object, device: Any, expert_map: object) -> None:
+    """Where and as what parameters are made."""
+    if dtype is not None and dtype not in FLOATS:
+        do = "Quantised layers are made by FusedExperts.of."
+        raise DTypeError(explain("dtype", got=repr(dtype), wanted=" or ".join(map(str, FLOATS)), do=do))
+    if device is not None:
+        device_of(device)
+    if expert_map is not None:
+        _require_tensor("expert_map", expert_map)
 
 
 def _flat(out: torch.Tensor, tokens: int) -> torch.Tensor:

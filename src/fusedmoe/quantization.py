@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fusedmoe.errors import DTypeError, OptionError, ShapeError, explain
+from fusedmoe.errors import DTypeError, LayoutError, OptionError, ShapeError, explain
 from fusedmoe.expert_matrix import ExpertMatrix
 from fusedmoe.numerics import AMAX_FLOOR, encode, pack, power_of_two, round_to
 from fusedmoe.schemes import format_of
+from fusedmoe.spec.activation import FLOAT32_MAX
 from fusedmoe.spec.format import ELEMENTS, SCALES, Format
 
 __all__ = ["quantize"]
@@ -64,7 +65,10 @@ def quantize(
         raise ShapeError(
             explain("weight to quantise", got=tuple(weight.shape), wanted="[E, N, K]", do="Stack the experts.")
         )
-    if isinstance(scheme, str):
+    if weight.layout != torch.strided or weight.is_meta:
+        kind = "a tensor without numbers (meta)" if weight.is_meta else str(weight.layout)
+        raise LayoutError(explain("weight to quantise", got=kind, wanted="a dense tensor", do="Call .to_dense()."))
+    if not isinstance(scheme, Format):
         static = "static" if input_scale is not None else None
         scheme = format_of(scheme, block=block, group=group, inputs=inputs or static, zero=zero, scale=scale_dtype)
     if scheme.per_byte == 2 and weight.shape[2] % 2:
@@ -73,7 +77,7 @@ def quantize(
                 f"K of scheme {scheme.scheme!r}", got=weight.shape[2], wanted="even: two codes to a byte", do="Pad K."
             )
         )
-    if parts not in (1, 2) or weight.shape[1] % parts:
+    if type(parts) is not int or parts not in (1, 2) or weight.shape[1] % parts:
         raise ShapeError(explain("parts", got=parts, wanted="1, or 2 for an even N", do="See ExpertMatrix."))
     pieces = [_quantise(w, scheme, parts) for w in weight]
     data, scale, zero_points, tensor_scale = (
@@ -82,6 +86,13 @@ def quantize(
     )
     assert data is not None and scale is not None
     if input_scale is not None:
+        if isinstance(input_scale, Tensor):
+            one = input_scale.layout == torch.strided and input_scale.numel() == 1 and input_scale.dtype in _FLOATS
+        else:
+            one = isinstance(input_scale, (int, float)) and abs(input_scale) <= FLOAT32_MAX
+        if not one:
+            wanted, do = "a number, or a floating-point tensor of one", "It is the static scale of the rows."
+            raise OptionError(explain("input_scale", got=repr(input_scale), wanted=wanted, do=do))
         input_scale = torch.as_tensor(input_scale, dtype=torch.float32, device=weight.device).reshape(1)
     return ExpertMatrix(
         scheme, data, scale, zero=zero_points, tensor_scale=tensor_scale, input_scale=input_scale, parts=parts

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fusedmoe.errors import DeviceError, DTypeError, OptionError, ShapeError, explain
+from fusedmoe.errors import DeviceError, DTypeError, LayoutError, OptionError, ShapeError, explain
 
 
 class TopK(NamedTuple):
@@ -38,7 +38,7 @@ def softmax_topk(router_logits: Tensor, top_k: int, *, renormalize: bool) -> Top
     tensor([[1, 2]])
     """
     _check(router_logits, top_k)
-    weights, ids = torch.softmax(router_logits, dim=-1, dtype=torch.float32).topk(top_k, dim=-1)
+    weights, ids = torch.softmax(router_logits.float(), dim=-1).topk(top_k, dim=-1)
     if renormalize:
         weights = weights / weights.sum(dim=-1, keepdim=True)
     return TopK(weights, ids)
@@ -96,6 +96,9 @@ def sigmoid_topk(
     n_experts = router_logits.shape[1]
     _check_groups(n_experts, top_k, n_group, topk_group)
     _check_bias(correction_bias, router_logits)
+    if not isinstance(routed_scaling_factor, (int, float)):
+        do = "It is a number in the model's configuration."
+        raise OptionError(explain("routed_scaling_factor", got=repr(routed_scaling_factor), wanted="a number", do=do))
     scores = router_logits.float().sigmoid()
     choice = scores if correction_bias is None else scores + correction_bias.float()
     if topk_group < n_group:
@@ -117,6 +120,9 @@ def _check(router_logits: Tensor, top_k: int) -> None:
         got = router_logits.dtype if isinstance(router_logits, Tensor) else type(router_logits).__name__
         do = "Pass the output of the router's linear layer."
         raise DTypeError(explain("router_logits", got=got, wanted="a tensor of a floating dtype", do=do))
+    if router_logits.layout != torch.strided:
+        do = "Call router_logits.to_dense()."
+        raise LayoutError(explain("router_logits", got=router_logits.layout, wanted="a dense tensor", do=do))
     if router_logits.dim() != 2:
         shape = tuple(router_logits.shape)
         do = "Flatten batch and sequence into tokens: logits.flatten(0, -2)."

@@ -171,7 +171,7 @@ def format_of(
     >>> str(format_of("int4_w4a16", group=64))
     'int4_w4a16 1x64 float32'
     """
-    if scheme not in SCHEMES:
+    if not isinstance(scheme, str) or scheme not in SCHEMES:
         raise OptionError(explain("scheme", got=repr(scheme), wanted=" or ".join(SCHEMES), do="Choose one of them."))
     has = SCHEMES[scheme]
 
@@ -188,7 +188,8 @@ def format_of(
         default = "block" if inputs == "group" and "block" in has.granularities else has.granularities[0]
         first = has.groups[0] if has.groups else 0
         block = {"tensor": (0, 0), "channel": (1, 0), "block": (128, 128), "group": (1, first)}[default]
-    fits = len(block) == 2 and all(isinstance(side, int) and side >= 0 for side in block)
+    sides = block if isinstance(block, (tuple, list)) else ()
+    fits = len(sides) == 2 and all(isinstance(side, int) and side >= 0 for side in sides)
     block = (block[0], block[1]) if fits else block  # a list, from a configuration file, has no hash
     kind = granularity_of(block) if fits else None
     if kind not in has.granularities or kind == "block" and min(block) < 2:
@@ -199,11 +200,13 @@ def format_of(
         raise refuse("zero points", "some", "none")
     elements = tuple(e for e in has.elements if not (zero and e == "int8"))  # codes less a zero point are unsigned
     element = element or elements[0]
-    if element not in elements:
+    if not isinstance(element, str) or element not in elements:
         raise refuse("element", element, " or ".join(elements))
     scale = scale or has.scales[0]
-    if scale not in has.scales:
+    if not isinstance(scale, str) or scale not in has.scales:
         raise refuse("type of scales", scale, " or ".join(has.scales))
+    if not isinstance(inputs, (str, type(None))):
+        raise refuse("inputs", inputs, " or ".join(mode or "none" for mode in has.inputs))
     mode = inputs or (has.inputs[0] if kind != "block" or "group" not in has.inputs else "group")
     if mode not in has.inputs or (mode == "group") != (kind == "block" and has.inputs != (None,)):
         allowed = [m or "none" for m in has.inputs if (m == "group") == (kind == "block") or m is None]

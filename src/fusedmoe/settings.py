@@ -19,12 +19,15 @@ class Settings:
             the device offers; for machines that share a GPU, and for tests. None: the device's own limit.
         workspace_limit: ``FUSEDMOE_WORKSPACE_LIMIT``: bytes of workspace that a call may use unless it says otherwise;
             more tokens than fit are done in chunks. None: no limit.
+        batch_invariant: ``FUSEDMOE_BATCH_INVARIANT``: calls that do not say give a row bits that depend on its token
+            alone; see :func:`fusedmoe.fused_experts`.
         interpret: ``TRITON_INTERPRET``: Triton kernels run on the CPU, in Triton's interpreter.
     """
 
     backend: str = "auto"
     shared_memory_cap: int | None = None
     workspace_limit: int | None = None
+    batch_invariant: bool = False
     interpret: bool = False
 
 
@@ -39,6 +42,10 @@ def _integer(name: str) -> int | None:
     return int(text)
 
 
+def _yes(name: str) -> bool:
+    return os.environ.get(name, "0").lower() in ("1", "true", "on", "yes")
+
+
 @functools.cache
 def settings() -> Settings:
     """The settings of this process."""
@@ -46,5 +53,6 @@ def settings() -> Settings:
         backend=os.environ.get("FUSEDMOE_BACKEND", "auto") or "auto",
         shared_memory_cap=_integer("FUSEDMOE_SHARED_MEMORY_CAP"),
         workspace_limit=_integer("FUSEDMOE_WORKSPACE_LIMIT"),
-        interpret=os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes"),
+        batch_invariant=_yes("FUSEDMOE_BATCH_INVARIANT"),
+        interpret=_yes("TRITON_INTERPRET"),
     )

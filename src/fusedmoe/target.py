@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from fusedmoe.errors import DeviceError, explain
 from fusedmoe.settings import settings
 
 
@@ -66,6 +67,19 @@ def _amd(index: int) -> Target:
     arch = properties.gcnArchName.split(":")[0]
     shared = 163840 if arch.startswith("gfx95") else 65536
     return Target("amd", arch, 0, properties.multi_processor_count, shared)
+
+
+def device_of(device: str | torch.device | int, what: str = "device") -> torch.device:
+    """A device of this machine, with its index where it has one.
+
+    Raises:
+        DeviceError: it is none.
+    """
+    try:
+        return torch.empty(0, device=device).device
+    except (AssertionError, RuntimeError, TypeError) as cause:
+        got = f"{device!r} ({(str(cause).splitlines() or [''])[0]})"
+        raise DeviceError(explain(what, got=got, wanted="a device of this machine", do="See fusedmoe env.")) from cause
 
 
 @functools.cache

@@ -33,7 +33,7 @@ _LIBRARY.define(
     "Tensor? hidden_states_scale, ScalarType? dtype, bool emulate, "
     "str activation, float? alpha, float? beta, float? limit, float? linear_beta, "
     "str gate_up_layout, str weight_layout, bool apply_router_weight_on_input, "
-    "str fp32_precision, str? backend, int? workspace_limit) -> Tensor",
+    "str fp32_precision, str? backend, int? workspace_limit, bool? batch_invariant) -> Tensor",
     tags=(torch.Tag.needs_fixed_stride_order,),
 )
 _LIBRARY.define(
@@ -96,6 +96,7 @@ def _fused_experts(hidden_states: Tensor, *arguments: Any) -> Tensor:
         topk_weights, topk_ids, w13_bias, w2_bias, expert_map, global_num_experts, hidden_states_scale, dtype, emulate,
         activation, alpha, beta, limit, linear_beta,
         gate_up_layout, weight_layout, apply_router_weight_on_input, fp32_precision, backend, workspace_limit,
+        batch_invariant,
     ) = arguments[14:]  # fmt: skip
     call = check(
         hidden_states,
@@ -115,6 +116,7 @@ def _fused_experts(hidden_states: Tensor, *arguments: Any) -> Tensor:
         expert_map=expert_map,
         global_num_experts=global_num_experts,
         fp32_precision=fp32_precision,
+        batch_invariant=batch_invariant,
     )
     return experts.run(call, choose(call.problem, target_of(hidden_states.device), backend), workspace_limit)
 

@@ -7,7 +7,10 @@ import torch
 
 import fusedmoe
 from fusedmoe import reference
+from fusedmoe.expert_matrix import ExpertMatrix
+from fusedmoe.schemes import format_of
 from fusedmoe.settings import settings
+from fusedmoe.testing.cases import Case
 from fusedmoe.testing.verify import relative_error, tolerance
 
 if not settings().interpret:
@@ -102,3 +105,48 @@ def test_magnitudes_of_any_size(rows):
         x, *rest = layer(rows)
         out = run((x * size, *rest))
         assert out.isfinite().all()
+
+
+def _spread(tensor: torch.Tensor, step: int) -> torch.Tensor:
+    """The same values, the last expert ``step`` elements away: a view of memory that is reserved but hardly touched."""
+    strides = (step // (tensor.shape[0] - 1), *tensor.contiguous().stride()[1:])
+    size = sum((n - 1) * s for n, s in zip(tensor.shape, strides, strict=True)) + 1
+    return torch.empty(size, dtype=tensor.dtype).as_strided(tensor.shape, strides).copy_(tensor)
+
+
+@pytest.mark.parametrize("tokens", [3, 40])
+@pytest.mark.parametrize("matrix", ["w13", "w2"])
+@pytest.mark.parametrize(
+    ("scheme", "part"),
+    [
+        ("fp8_block", "data"),
+        ("fp8_block", "scale"),
+        ("fp8_channel", "scale"),
+        ("int4_w4a16", "data"),
+        ("int4_w4a16", "scale"),
+        ("int4_w4a16", "zero"),
+        ("nvfp4", "scale"),
+        ("nvfp4", "tensor_scale"),
+    ],
+)
+def test_offsets_beyond_2_to_31(scheme, part, matrix, tokens):
+    form = format_of(scheme, zero=True) if part == "zero" else format_of(scheme)
+    arguments, options = Case.of((tokens, 2, 3, 64, 32), formats=(form, form), ids="any").fitted().draw()
+    want = fusedmoe.fused_experts(*arguments, backend="triton", **options)
+    index = {"w13": 1, "w2": 2}[matrix]
+    made = arguments[index]
+    parts = made.tensors()
+    parts[part] = _spread(parts[part], 2**31 + 8)
+    far = ExpertMatrix(form, parts=made.parts, **parts)
+    assert getattr(far, part).stride(0) * (made.shape[0] - 1) > 2**31
+    arguments = (*arguments[:index], far, *arguments[index + 1 :])
+    assert torch.equal(fusedmoe.fused_experts(*arguments, backend="triton", **options), want)
+
+
+@pytest.mark.parametrize("tokens", [3, 40])
+def test_scales_of_hidden_states_beyond_2_to_31(tokens):
+    form = format_of("fp8_block")
+    arguments, options = Case.of((tokens, 2, 3, 256, 32), formats=(form, form), codes=True).draw()
+    want = fusedmoe.fused_experts(*arguments, backend="triton", **options)
+    options["hidden_states_scale"] = _spread(options["hidden_states_scale"], 2**31 + 8)
+    assert torch.equal(fusedmoe.fused_experts(*arguments, backend="triton", **options), want)

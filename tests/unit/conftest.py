@@ -1,8 +1,33 @@
-"""Fixtures of the tests of integrations."""
+"""What several files of tests need."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
+
+import fusedmoe
+
+SOURCE = str(Path(fusedmoe.__file__).parents[1])
+
+
+@pytest.fixture
+def python():
+    """Run code in a process of its own, and return what it printed."""
+
+    def run(code: str) -> str:
+        ours = ("FUSEDMOE_", "TRITON_")
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
+        environment["PYTHONPATH"] = SOURCE
+        command = [sys.executable, "-W", "error::DeprecationWarning:fusedmoe", "-c", code]
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+    return run
 
 
 @pytest.fixture

@@ -49,6 +49,20 @@ def test_rows(dtype):
         assert row.distinct == 2 if n_tokens == 1 else 2 < row.distinct <= 4
 
 
+def test_rows_of_batch_invariant_calls(monkeypatch):
+    asked = []
+    run = functional.fused_experts
+
+    def spy(*arguments, **options):
+        asked.append(options["batch_invariant"])
+        return run(*arguments, **options)
+
+    monkeypatch.setattr(functional, "fused_experts", spy)
+    assert all(row.ok and row.batch_invariant for row in rows(batch_invariant=True))
+    assert all(asked) and asked
+    assert not any(row.batch_invariant for row in rows())
+
+
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_rows_of_schemes(scheme):
     (row,) = bench(shape_of("4,2,96,64"), [3], dtype=torch.bfloat16, device=CPU, ceilings=CEILINGS, scheme=scheme)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import importlib.util
 import json
+import os
 import pickle
 from pathlib import Path
 
@@ -137,13 +138,14 @@ def test_only_the_files_of_the_layer_are_opened(tmp_path):
 
 
 def test_links_of_a_hub_cache_are_followed(tmp_path):
-    (tmp_path / "blobs").mkdir()
-    (tmp_path / "snapshot").mkdir()
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "0a1b"
+    blobs.mkdir()
+    snapshot.mkdir(parents=True)
     tensors = separate()
-    write(tmp_path / "snapshot", tensors, {}, file="a.safetensors", index=dict.fromkeys(tensors, "a.safetensors"))
-    (tmp_path / "snapshot" / "a.safetensors").rename(tmp_path / "blobs" / "0123")
-    (tmp_path / "snapshot" / "a.safetensors").symlink_to("../blobs/0123")
-    assert read_experts(tmp_path / "snapshot", LAYER).w2.shape == (E, H, I)
+    write(snapshot, tensors, {}, file="a.safetensors", index=dict.fromkeys(tensors, "a.safetensors"))
+    (snapshot / "a.safetensors").rename(blobs / "0123")
+    (snapshot / "a.safetensors").symlink_to("../../blobs/0123")
+    assert read_experts(snapshot, LAYER).w2.shape == (E, H, I)
 
 
 def test_result_outlives_the_file(tmp_path):
@@ -368,6 +370,22 @@ def test_index_must_stay_in_its_directory(file, tmp_path):
     save_file(tensors, tmp_path / "x.safetensors")
     write(tmp_path / "inner", tensors, file="a.safetensors", index=dict.fromkeys(tensors, file))
     fails(tmp_path / "inner", "names a file outside of the directory, or of another kind: got '")
+
+
+def test_links_lead_nowhere_else(tmp_path):
+    (tmp_path / "model").mkdir()
+    write(tmp_path / "model", separate())
+    outside = tmp_path / "model.safetensors"
+    (tmp_path / "model" / "model.safetensors").rename(outside)
+    (tmp_path / "model" / "model.safetensors").symlink_to(outside)
+    fails(tmp_path / "model", "leads out of the directory: got a link to .*; wanted a file that lies in it")
+
+
+def test_what_is_no_regular_file_is_not_read(tmp_path):
+    write(tmp_path, separate())
+    (tmp_path / "config.json").unlink()
+    os.mkfifo(tmp_path / "config.json")
+    fails(tmp_path, "cannot read .*config.json: got no regular file")
 
 
 @pytest.mark.parametrize("index", [[], {"a": 1}, None])

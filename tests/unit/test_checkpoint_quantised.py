@@ -583,6 +583,17 @@ def test_modules_that_are_left_out_do_not_cover_others(pattern, tmp_path):
         read_experts(tmp_path, LAYER)
 
 
+ENDLESS = ["re:(a+)+$", r"re:(\w+\.?)*!", "re:" + ".*" * 30 + "!", "*" * 30, "re:((?:x{9}){9}){9}"]
+
+
+@pytest.mark.parametrize("pattern", ENDLESS)
+def test_patterns_that_would_search_for_hours_are_refused(pattern, tmp_path):
+    form = FORMS["deepseek"]
+    write(tmp_path, layer(form)[0], {**form.config, "modules_to_not_convert": [pattern]})
+    with pytest.raises(CheckpointError, match="could take too long to search"):
+        read_experts(tmp_path, LAYER)
+
+
 def test_w13_quantised_and_w2_not(tmp_path):
     form = FORMS["ct-fp8-channel"]
     tensors, w = layer(form)

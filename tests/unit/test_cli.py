@@ -23,6 +23,7 @@ from fusedmoe.plan.floor import Ceilings
 from fusedmoe.plan.planner import SUPPORTS
 from fusedmoe.schemes import SCHEMES
 from fusedmoe.settings import Settings
+from fusedmoe.testing import fuzz as fuzzing
 
 H = 128
 
@@ -227,6 +228,14 @@ def test_explain_for_people():
         assert words in shown
 
 
+def test_explain_says_what_a_batch_invariant_call_takes():
+    plan = ("--shape", "qwen3-30b-a3b", "--arch", "sm_90", "--tokens", 1)
+    assert "batch-invariant" not in data("explain", *plan, "--json")["why"]
+    found = data("explain", *plan, "--batch-invariant", "--json")
+    assert found["why"].endswith("batch-invariant: tiles that add up as for 4096 tokens")
+    assert found["launches"][0]["config"]["block_m"] == 64
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -268,6 +277,16 @@ def test_check(monkeypatch):
     assert "FAIL" in shown and "RuntimeError: [no] way" in shown and "1 of 2 passed" in shown
     found = data("check", "--json", code=1)
     assert found["ok"] is False and [result["ok"] for result in found["results"]] == [True, False]
+
+
+def test_check_of_random_problems(monkeypatch):
+    shown = invoke("check", "--fuzz", 10, "--seed", 3, "--device", "cpu").stdout
+    assert "seed 3" in shown and "10 random problems on" in shown and "0 wrong" in shown
+    found = data("check", "--fuzz", 10, "--device", "cpu", "--json")
+    assert found["problems"] == 10 and found["wrong"] == [] and 0 < found["worst"] <= 1
+    assert 0 <= found["seed"] < 2**32
+    monkeypatch.setattr(fuzzing, "run_poisoned", lambda *_, **__: (None, 1.0))
+    assert "FAIL Outcome(case=Case(tokens=" in invoke("check", "--fuzz", 10, "--device", "cpu", code=1).stdout
 
 
 def test_bench_beside_a_peer(tmp_path):

@@ -1,26 +1,7 @@
 """What an import costs, and what works where Triton is missing."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 
-import fusedmoe
-
-SOURCE = str(Path(fusedmoe.__file__).parents[1])
-
-
-def python(code: str) -> str:
-    """Run code in a process of its own."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("FUSEDMOE_", "TRITON_"))}
-    environment["PYTHONPATH"] = SOURCE
-    command = [sys.executable, "-W", "error::DeprecationWarning:fusedmoe", "-c", code]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert result.returncode == 0, result.stderr
-    return result.stdout
-
-
-def test_import_of_the_package_loads_neither_torch_nor_triton():
+def test_import_of_the_package_loads_neither_torch_nor_triton(python):
     loaded = python(
         "import sys, fusedmoe\n"
         "dir(fusedmoe), fusedmoe.__version__, fusedmoe.ShapeError\n"
@@ -29,7 +10,7 @@ def test_import_of_the_package_loads_neither_torch_nor_triton():
     assert loaded.strip() == "[]"
 
 
-def test_the_torch_backend_and_checkpoints_load_no_optional_package():
+def test_the_torch_backend_and_checkpoints_load_no_optional_package(python):
     loaded = python(
         "import sys, fusedmoe, fusedmoe.nn, fusedmoe.checkpoint, fusedmoe.backends.torch, fusedmoe.plan.planner\n"
         "print(sorted({'transformers', 'typer', 'rich', 'safetensors', 'fusedmoe.backends.triton'} & set(sys.modules)))"
@@ -37,7 +18,7 @@ def test_the_torch_backend_and_checkpoints_load_no_optional_package():
     assert loaded.strip() == "[]"
 
 
-def test_without_triton_the_layer_runs_on_the_torch_backend():
+def test_without_triton_the_layer_runs_on_the_torch_backend(python):
     error = python(
         "import sys\n"
         "sys.modules['triton'] = None\n"  # import triton raises ImportError

@@ -5,7 +5,13 @@ import pytest
 from fusedmoe.errors import OptionError
 from fusedmoe.settings import Settings, settings
 
-NAMES = ("FUSEDMOE_BACKEND", "FUSEDMOE_SHARED_MEMORY_CAP", "FUSEDMOE_WORKSPACE_LIMIT", "TRITON_INTERPRET")
+NAMES = (
+    "FUSEDMOE_BACKEND",
+    "FUSEDMOE_BATCH_INVARIANT",
+    "FUSEDMOE_SHARED_MEMORY_CAP",
+    "FUSEDMOE_WORKSPACE_LIMIT",
+    "TRITON_INTERPRET",
+)
 
 
 @pytest.fixture
@@ -20,15 +26,21 @@ def environment(monkeypatch):
 
 
 def test_defaults(environment):
-    assert settings() == Settings(backend="auto", shared_memory_cap=None, workspace_limit=None, interpret=False)
+    want = Settings(
+        backend="auto", shared_memory_cap=None, workspace_limit=None, batch_invariant=False, interpret=False
+    )
+    assert settings() == want
 
 
 def test_all_variables(environment):
     environment.setenv("FUSEDMOE_BACKEND", "torch")
     environment.setenv("FUSEDMOE_SHARED_MEMORY_CAP", "49152")
     environment.setenv("FUSEDMOE_WORKSPACE_LIMIT", "1000000")
+    environment.setenv("FUSEDMOE_BATCH_INVARIANT", "yes")
     environment.setenv("TRITON_INTERPRET", "1")
-    assert settings() == Settings(backend="torch", shared_memory_cap=49152, workspace_limit=1000000, interpret=True)
+    assert settings() == Settings(
+        backend="torch", shared_memory_cap=49152, workspace_limit=1000000, batch_invariant=True, interpret=True
+    )
 
 
 def test_an_empty_variable_is_an_unset_one(environment):

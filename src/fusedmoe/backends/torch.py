@@ -10,11 +10,15 @@ is float32 and rounded once. A row depends on its own token alone, so a NaN stay
 A quantised matrix is dequantised one expert at a time: to the dtype of the layer where it meets rows as they are. Where
 rows are quantised too, codes times scales of both are multiplied in float32, which rounds no more than a product of
 the codes that is scaled afterwards would; activated rows are then quantised before they are rounded to anything.
+
+A batch-invariant call multiplies and activates row by row: libraries choose by the number of rows how to add up, and
+functions of several elements at once leave the last ones of a tensor to others that round differently.
 """
 
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -34,6 +38,8 @@ from fusedmoe.spec.problem import Problem
 
 #: Elements of a float32 temporary. Fits the cache of a core, and bounds the memory needed beside the rows.
 PIECE = 1 << 18
+#: Held while the precision of float32 products is another one than the process asked for.
+_PRECISION = threading.Lock()
 
 
 class _Schedule(NamedTuple):
@@ -92,7 +98,7 @@ def gate_up(call: Call, plan: Plan, schedule: _Schedule, work: Workspace) -> Ten
     wide = _wide(products.dtype)
     dtype = wide if _quantises_rows(call.w2) else getattr(torch, problem.dtype)
     hidden = products.new_empty(products.shape[0], problem.intermediate, dtype=dtype)
-    for piece in _pieces(products.shape[0], problem.w13_rows):
+    for piece in _pieces(products.shape[0], PIECE if problem.batch_invariant else problem.w13_rows):
         h = products[piece].to(wide)
         if problem.weight_on_input:
             assert call.topk_weights is not None, "a whole layer has router weights"
@@ -201,6 +207,11 @@ def _multiply(x: Tensor, w: Tensor | ExpertMatrix, schedule: _Schedule, problem:
     kernels of other backends.
     """
     out = x.new_empty(x.shape[0], w.shape[1])
+    if not x.is_cuda and x.element_size() == 2 and x.shape[1] % 32:
+        # oneDNN multiplies 32 columns at a time on AMX, and may read past the end of a row, times 0: a NaN in the next
+        # row, or in memory that is nobody's, was then this row's (bfloat16, K = 33, 257, 1025; torch 2.13).
+        x = _room(x, x.shape[0]).copy_(x)
+    alone = _room(x, 1)
     # split_with_sizes and one transpose for all: what the loop does per expert is a good part of a decode step.
     x_rows, out_rows = x.split_with_sizes(schedule.counts), out.split_with_sizes(schedule.counts)
     if isinstance(w, Tensor):
@@ -210,8 +221,18 @@ def _multiply(x: Tensor, w: Tensor | ExpertMatrix, schedule: _Schedule, problem:
     with _float32_products(precision, x) if x.dtype == torch.float32 else contextlib.nullcontext():
         for expert, x_e, out_e in zip(schedule.experts, x_rows, out_rows, strict=True):
             w_e = w[expert] if isinstance(w, Tensor) else w.dequantize_expert(expert, x.dtype).T
-            torch.mm(x_e, w_e, out=out_e)
+            if not problem.batch_invariant:
+                torch.mm(x_e, w_e, out=out_e)
+                continue
+            for row in range(x_e.shape[0]):  # from one place, as the address may decide too
+                alone.copy_(x_e[row])
+                out_e[row] = torch.mm(alone, w_e)[0]
     return out
+
+
+def _room(x: Tensor, n_rows: int) -> Tensor:
+    """Memory for rows like those of x, each with zeros behind it up to a multiple of 32 columns."""
+    return x.new_zeros(n_rows, -(-x.shape[1] // 32) * 32)[:, : x.shape[1]]
 
 
 @contextlib.contextmanager
@@ -219,12 +240,13 @@ def _float32_products(precision: Fp32Precision, x: Tensor) -> Iterator[None]:
     """Multiply float32 as the problem says, whatever ``torch.set_float32_matmul_precision`` says."""
     backends = torch.backends
     library = backends.cuda.matmul if x.is_cuda else backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before = library.fp32_precision
-    library.fp32_precision = precision
-    try:
-        yield
-    finally:
-        library.fp32_precision = before
+    with _PRECISION:  # is the process's: a thread that restored it would change it for another one
+        before = library.fp32_precision
+        library.fp32_precision = precision
+        try:
+            yield
+        finally:
+            library.fp32_precision = before
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

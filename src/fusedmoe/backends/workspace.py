@@ -90,8 +90,9 @@ class Workspace:
 
 def _check(buffer: torch.Tensor, need: int, device: torch.device, name: str, do: str) -> None:
     wanted = f"a contiguous uint8 tensor of at least {need} bytes on {device}, aligned to {BASE_ALIGNMENT} bytes"
-    if not isinstance(buffer, torch.Tensor) or buffer.dtype != torch.uint8:
-        kind = buffer.dtype if isinstance(buffer, torch.Tensor) else type(buffer).__name__
+    dense = isinstance(buffer, torch.Tensor) and buffer.layout == torch.strided
+    if not dense or buffer.dtype != torch.uint8:
+        kind = f"{buffer.dtype} {buffer.layout}" if isinstance(buffer, torch.Tensor) else type(buffer).__name__
         raise DTypeError(explain(name, got=kind, wanted=wanted, do=do))
     if buffer.device != device:
         raise DeviceError(explain(name, got=f"a tensor on {buffer.device}", wanted=wanted, do=do))

@@ -53,6 +53,7 @@ class Row:
         error, tolerance: relative error against the reference, and its bound; None when there was no result.
         config: what the kernels were launched with.
         reason: why there is no figure, other than a wrong result of ours.
+        batch_invariant: the option of that name, of our own backends.
     """
 
     shape: str
@@ -80,6 +81,7 @@ class Row:
     tolerance: float | None
     config: str
     reason: str | None
+    batch_invariant: bool = False
 
     @property
     def ok(self) -> bool:
@@ -145,6 +147,7 @@ class _Case(NamedTuple):
             tolerance=None if verdict is None else verdict.tolerance,
             config=config,
             reason=reason,
+            batch_invariant=problem.batch_invariant and library.startswith("fusedmoe"),
         )
 
 
@@ -179,6 +182,7 @@ def bench(
     backends: Sequence[str | None] = (None,),
     routings: Sequence[str] = ("uniform",),
     peers: Sequence[str] = (),
+    batch_invariant: bool = False,
 ) -> Iterator[Row]:
     """Verify and time the layer of one shape: every routing, number of tokens and backend.
 
@@ -192,6 +196,7 @@ def bench(
         routings: laws by which experts are drawn, of :data:`fusedmoe.bench.routing.ROUTINGS`.
         peers: other libraries, of :data:`fusedmoe.bench.peers.PEERS`; one that cannot be run gives a row that says why.
             They are given no layer but the plainest.
+        batch_invariant: the option of :func:`fusedmoe.fused_experts`.
 
     Raises:
         UnsupportedError, OptionError: the only backend does not take the call, or one does not exist.
@@ -219,7 +224,7 @@ def bench(
     for routing, n_tokens in ((routing, n) for routing in routings for n in tokens):
         topk_weights, topk_ids = draw_routing(routing, n_tokens, e, shape.top_k, generator)
         arguments = (draw(n_tokens, h), w13, w2, topk_weights, topk_ids)
-        problem = check(*arguments, **options).problem
+        problem = check(*arguments, batch_invariant=batch_invariant or None, **options).problem
         case = _Case(shape, routing, arguments, options, problem, target_of(device), ceilings)
         for backend in backends:
             yield _measure(case, backend, alone=len(backends) == 1)
@@ -238,14 +243,15 @@ def _measure(case: _Case, backend: str | None, *, alone: bool) -> Row:
         name = settings().backend if backend is None else backend
         reasons = support(case.problem, case.target).get(name) or (str(cause),)
         return case.row(name, library, reason="; ".join(reasons))
-    n_bytes = functional.workspace_bytes(*arguments, backend=backend, **options)
+    how: dict[str, Any] = {**options, "backend": backend, "batch_invariant": case.problem.batch_invariant}
+    n_bytes = functional.workspace_bytes(*arguments, **how)
     out, workspace = (
         torch.empty_like(arguments[0]),
         torch.empty(n_bytes, dtype=torch.uint8, device=arguments[0].device),
     )
 
     def call() -> Tensor:
-        return functional.fused_experts(*arguments, backend=backend, out=out, workspace=workspace, **options)
+        return functional.fused_experts(*arguments, out=out, workspace=workspace, **how)
 
     out.fill_(float("nan"))
     workspace.fill_(255)
@@ -256,7 +262,7 @@ def _measure(case: _Case, backend: str | None, *, alone: bool) -> Row:
             time_us(call, out.device, graph=graph),
             graph if out.device.type == "cuda" else None,
         )
-        host = _host_us(case, lambda: functional.fused_experts(*arguments, backend=backend, **options))
+        host = _host_us(case, lambda: functional.fused_experts(*arguments, **how))
     return case.row(plan.backend, library, verdict=verdict, timed=timed, host=host, config=describe(plan))
 
 

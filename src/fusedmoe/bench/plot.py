@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fusedmoe.atomic import replacing
 from fusedmoe.errors import MissingDependencyError, OptionError, explain
 
 if TYPE_CHECKING:
@@ -98,8 +99,10 @@ def save(figure: Figure, path: str | os.PathLike[str]) -> tuple[Path, Path]:
     png, svg = (stem.with_name(stem.name + suffix) for suffix in (".png", ".svg"))
     try:
         with mpl.rc_context({"svg.hashsalt": "fusedmoe", "svg.fonttype": "none"}):
-            figure.savefig(png, dpi=100, metadata={"Software": None})
-            figure.savefig(svg, metadata={"Date": None, "Creator": None})
+            with replacing(png) as new:
+                figure.savefig(new, dpi=100, metadata={"Software": None})
+            with replacing(svg) as new:
+                figure.savefig(new, metadata={"Date": None, "Creator": None})
     except OSError as cause:
         wanted = "files that can be written"
         raise OptionError(

@@ -167,6 +167,7 @@ def problem_of(
     activation: str = ACTIVATION,
     weight_layout: WeightLayout = "NK",
     form: Format | None = None,
+    batch_invariant: bool = False,
 ) -> Problem:
     """The problem that a call of these sizes poses; its tensors exist in name only.
 
@@ -194,6 +195,7 @@ def problem_of(
         tensor(tokens, shape.top_k, dtype=torch.int32),
         activation=activation,
         weight_layout=weight_layout,
+        batch_invariant=batch_invariant or None,  # as the process is set
     ).problem
 
 

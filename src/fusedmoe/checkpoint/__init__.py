@@ -41,6 +41,7 @@ from fusedmoe.errors import CheckpointError, DTypeError, ShapeError, explain
 from fusedmoe.expert_matrix import ExpertMatrix
 from fusedmoe.spec.activation import Activation
 from fusedmoe.spec.layout import GateUpLayout, WeightLayout
+from fusedmoe.target import device_of
 
 if TYPE_CHECKING:
     from fusedmoe.routers import TopK
@@ -185,10 +186,10 @@ def read_experts(
             understood, or the experts are quantised in a way that is not known here; the layer does not exist or has
             no experts.
         OptionError: a range is not within the layer.
-        DTypeError: dtype is not one of the above.
+        DTypeError, DeviceError: dtype is not one of the above, device none of this machine.
         MissingDependencyError: safetensors is not installed.
     """
-    _check_dtype(dtype)
+    _check(dtype, device)
     with open_checkpoint(directory) as files:
         return _read(files, layer, experts, intermediate, dtype, device, progress)
 
@@ -277,9 +278,9 @@ def read_router(
 
     Raises:
         CheckpointError: as :func:`read_experts`; or the routing of this model type is not known.
-        DTypeError, MissingDependencyError: as :func:`read_experts`.
+        DTypeError, DeviceError, MissingDependencyError: as :func:`read_experts`.
     """
-    _check_dtype(dtype)
+    _check(dtype, device)
     with open_checkpoint(directory) as files:
         block = files.block(layer)
         rule = models.rule_of(files.config)
@@ -323,9 +324,9 @@ def read_embedding(
 
     Raises:
         CheckpointError: as :func:`read_experts`; or not exactly one tensor has the name of an embedding.
-        DTypeError, MissingDependencyError: as :func:`read_experts`.
+        DTypeError, DeviceError, MissingDependencyError: as :func:`read_experts`.
     """
-    _check_dtype(dtype)
+    _check(dtype, device)
     with open_checkpoint(directory) as files:
         # DeepSeek-V3 repeats the embedding in its last layer, which predicts further tokens.
         names = [name for name in files.names if EMBEDDING.search(name) and not LAYER.match(name)]
@@ -339,7 +340,8 @@ def read_embedding(
         return files.tensor(names[0], (None, None), dtype, device)
 
 
-def _check_dtype(dtype: torch.dtype | None) -> None:
+def _check(dtype: torch.dtype | None, device: str | torch.device) -> None:
+    device_of(device)
     if dtype is not None and dtype not in FLOATS.values():
         raise DTypeError(
             explain(

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fusedmoe.checkpoint.files import FLOATS, Files, error, json_object, open_checkpoint
+from fusedmoe.checkpoint.files import FLOATS, Files, beside, error, json_object, open_checkpoint
 from fusedmoe.checkpoint.methods import PLAIN
 from fusedmoe.checkpoint.progress import ticks
 from fusedmoe.checkpoint.stored import Layer, Projection, find_layer
@@ -275,7 +275,9 @@ def _convert(
     config["quantization_config"] = {**layout.config, layout.left_out: sorted(set(left_out))}
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     for path in sorted(files.directory.iterdir()):
-        if path.is_file() and path.name != "config.json" and not path.name.endswith(_OTHER_WEIGHTS):
+        if path.is_dir() or path.name == "config.json" or path.name.endswith(_OTHER_WEIGHTS):
+            continue
+        if beside(files.directory, path.name):
             shutil.copyfile(path, directory / path.name)
     return Conversion(
         format=str(form),

@@ -20,6 +20,8 @@ FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F
 
 #: Bytes that are copied at once.
 _PIECE = 2**24
+#: Bytes of a configuration or an index: those of the largest models have a hundredth of it.
+_LARGEST_JSON = 2**28
 CONVERT_AGAIN = "Download or convert the checkpoint again."
 LAYER = re.compile(r"^(?:.*\.)?(?:layers|h|blocks)\.(\d{1,6})\.")
 #: Ends where the names of routed experts begin; "shared_experts." are none, because of the dot before.
@@ -49,8 +51,37 @@ def _ranges(numbers: Iterable[int]) -> str:
     return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
 
 
+def beside(directory: Path, name: str) -> Path | None:
+    """The file of this name, which may be a link: within the directory, or into the blobs of the hub's cache.
+
+    The cache keeps ``<model>/snapshots/<commit>/<name>`` as links to ``<model>/blobs/<hash>``.
+
+    Raises:
+        CheckpointError: it leads elsewhere, or is no file: reading a pipe or a device would never end.
+    """
+    path = directory / name
+    if not os.path.lexists(path):
+        return None
+    home = Path(os.path.realpath(directory))
+    homes = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
+    real = Path(os.path.realpath(path))
+    if not any(real.is_relative_to(one) for one in homes):
+        raise error(
+            f"{path} leads out of the directory",
+            got=f"a link to {real}",
+            wanted="a file that lies in it, or a link of the hub's cache",
+            do="Copy the file itself there, if you trust it.",
+        )
+    if not real.is_file():
+        raise error(f"cannot read {path}", got="no regular file", wanted="one", do=CONVERT_AGAIN)
+    return path
+
+
 def json_object(path: Path) -> dict[str, Any]:
     """The object in a file of JSON."""
+    if path.exists() and not (path.is_file() and path.stat().st_size <= _LARGEST_JSON):
+        wanted = f"a regular file of at most {_LARGEST_JSON} bytes"
+        raise error(f"cannot read {path}", got="another kind of file, or more", wanted=wanted, do=CONVERT_AGAIN)
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as cause:
@@ -75,6 +106,7 @@ class Files:
                 wanted="a directory with config.json and *.safetensors",
                 do="Pass the local path of a downloaded model, not its name on a hub.",
             )
+        beside(directory, "config.json")
         config = json_object(directory / "config.json")
         nested = config.get("text_config")
         self.config: dict[str, Any] = {**config, **nested} if isinstance(nested, dict) else config
@@ -82,10 +114,10 @@ class Files:
 
     def _find_files(self) -> dict[str, str]:
         single, index = self.directory / "model.safetensors", self.directory / "model.safetensors.index.json"
-        if single.exists():
+        if beside(self.directory, single.name):
             with _broken_file(single):
                 return dict.fromkeys(self._handle(single.name).keys(), single.name)
-        if not index.exists():
+        if not beside(self.directory, index.name):
             pickles = [path.name for path in sorted(self.directory.glob("*.bin"))]
             raise error(
                 f"no safetensors weights in {self.directory}",
@@ -99,7 +131,7 @@ class Files:
         if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
             raise error(f"weight_map of {index}", got=type(files).__name__, wanted="names of files", do=CONVERT_AGAIN)
         for file in set(files.values()):
-            # Bare names only. The path is not resolved: a hub cache keeps links to files elsewhere, on purpose.
+            # Bare names only, of what it is then looked at when it is opened.
             if not re.fullmatch(r"[^/\\:\0]+\.safetensors", file):
                 raise error(
                     f"weight_map of {index} names a file outside of the directory, or of another kind",
@@ -112,6 +144,7 @@ class Files:
     def _handle(self, file: str) -> Any:
         """To be called under :func:`_broken_file`."""
         if file not in self._handles:
+            beside(self.directory, file)
             handle = _safetensors().safe_open(self.directory / file, framework="pt", device="cpu")
             self._handles[file] = self._stack.enter_context(handle)
         return self._handles[file]
@@ -200,10 +233,10 @@ class Files:
     def block(self, layer: int) -> str:
         """Prefix of the names of one layer's mixture."""
         blocks, layers = self.blocks()
-        if layer not in blocks:
+        if type(layer) is not int or layer not in blocks:
             raise error(
                 f"layer {layer} of {self.directory}",
-                got="a layer without routed experts" if layer in layers else "no such layer",
+                got="a layer without routed experts" if type(layer) is int and layer in layers else "no such layer",
                 wanted=f"one of the layers with experts: {_ranges(blocks)}" if blocks else "a layer with experts",
                 do="Choose one of them." if blocks else "No layer here has experts under a known name.",
             )
@@ -275,5 +308,8 @@ def _broken_file(path: Path) -> Iterator[None]:
 @contextmanager
 def open_checkpoint(directory: str | os.PathLike[str]) -> Iterator[Files]:
     """Open a directory; the files that were opened on the way are closed at the end."""
+    if not isinstance(directory, (str, os.PathLike)) or "\0" in str(directory):
+        do = "Pass the path of a directory."
+        raise error("checkpoint", got=repr(directory), wanted="a str or os.PathLike", do=do)
     with ExitStack() as stack:
         yield Files(Path(directory), stack)

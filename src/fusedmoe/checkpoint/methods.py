@@ -8,6 +8,7 @@ found, checked, sliced and read without a change elsewhere.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -21,6 +22,9 @@ from fusedmoe.errors import CheckpointError, OptionError
 from fusedmoe.numerics import pack
 from fusedmoe.schemes import SCHEMES, format_of
 from fusedmoe.spec.format import ELEMENTS, Format
+
+#: Steps of a search for one pattern in one name: a second or so.
+_STEPS = 10**7
 
 
 def _same(tensor: Tensor) -> Tensor:
@@ -124,7 +128,16 @@ def method_of(config: Mapping[str, Any], modules: Iterable[str]) -> tuple[Method
         method = METHODS[name](said, modules)
     except CheckpointError:
         raise
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError, re.error) as cause:
+    except (
+        AttributeError,
+        IndexError,
+        KeyError,
+        OverflowError,
+        RecursionError,
+        TypeError,
+        ValueError,
+        re.error,
+    ) as cause:
         raise error(
             f"quantization_config of method {name!r} in config.json",
             got=f"{type(cause).__name__}: {cause}",
@@ -145,9 +158,22 @@ def _covers(pattern: str, module: str) -> bool:
     That ``gate`` names no ``gate_proj`` is the point of comparing whole parts.
     """
     if pattern.startswith("re:"):
-        return re.match(pattern[3:], module) is not None
+        return _searched(pattern[3:], module, re.match)
     text = re.escape(pattern).replace(r"\*", ".*")
-    return re.search(rf"(?:^|\.){text}(?:\.|$)", module) is not None
+    return _searched(rf"(?:^|\.){text}(?:\.|$)", module, re.search)
+
+
+def _searched(pattern: str, module: str, search: Callable[[str, str], object]) -> bool:
+    """Whether a pattern of somebody else is found; one that could search for hours is refused.
+
+    With q repetitions one after the other a search takes up to comb(n + q, q) steps on n characters; a repeated group
+    can take 2^n.
+    """
+    plain = re.sub(r"\\.|\[\^?\]?[^]]*\]", "x", pattern)
+    repeats = len(re.findall(r"[*+]|\{\d*,?\d*\}", plain))
+    if re.search(r"\)[*+{]", plain) or math.comb(len(module) + repeats, repeats) > _STEPS:
+        raise ValueError(f"the pattern {pattern[:80]!r} of a list of modules could take too long to search")
+    return search(pattern, module) is not None
 
 
 def _refuse(name: str, got: object, wanted: object, do: str = "Take another checkpoint of the model.") -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from fusedmoe.atomic import replacing
 from fusedmoe.cli.quantize import quantize
 from fusedmoe.errors import FusedMoEError, OptionError, explain
 
@@ -25,6 +26,9 @@ WRONG, REFUSED = 1, 2
 
 Device = Annotated[str | None, typer.Option(help="Where to run, as torch names it; the first GPU, else the CPU.")]
 Backend = Annotated[str | None, typer.Option(help="auto, triton or torch; FUSEDMOE_BACKEND when left out.")]
+Invariant = Annotated[
+    bool, typer.Option("--batch-invariant", help="A row's bits depend on its own token alone, whatever T is.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")]
 
 
@@ -52,19 +56,10 @@ app.command("quantize")(quantize)
 
 
 def _device(name: str | None) -> torch.device:
-    import torch
-
     from fusedmoe.bench import default_device
-    from fusedmoe.errors import DeviceError
+    from fusedmoe.target import device_of
 
-    if name is None:
-        return default_device()
-    try:
-        return torch.empty(1, device=name).device
-    except (RuntimeError, AssertionError) as cause:
-        reason = (str(cause).splitlines() or [""])[0]
-        message = explain("--device", got=f"{name!r} ({reason})", wanted="a device of this machine", do="See env.")
-        raise DeviceError(message) from cause
+    return default_device() if name is None else device_of(name, "--device")
 
 
 def _integers(option: str, text: str) -> list[int]:
@@ -151,6 +146,7 @@ def explain_command(
         str | None, typer.Option(help="sm_75, sm_80, sm_86, sm_89, sm_90, sm_100, gfx942 or cpu; this device.")
     ] = None,
     backend: Backend = None,
+    batch_invariant: Invariant = False,
     json: Json = False,
 ) -> None:
     """Say how a call would be run: backend, kernels, tiles, workspace and floor, and why the others not."""
@@ -177,6 +173,7 @@ def explain_command(
         scheme=scheme,
         arch=arch,
         backend=backend,
+        batch_invariant=batch_invariant,
     )
     if json:
         typer.echo(_json(found))
@@ -198,12 +195,24 @@ def env(json: Json = False) -> None:
 
 
 @app.command()
-def check(device: Device = None, backend: Backend = None, json: Json = False) -> None:
-    """Test every capability on this machine's device, one line each."""
+def check(
+    device: Device = None,
+    backend: Backend = None,
+    fuzz: Annotated[
+        int | None, typer.Option(min=1, help="Run so many random problems instead, against the reference.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the random problems; drawn, and printed, when left out.")] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Processes that share the random problems and compile.")] = 1,
+    json: Json = False,
+) -> None:
+    """Test every capability on this machine's device, one line each; or random problems."""
     from fusedmoe.cli import show
     from fusedmoe.selftest import selftest
 
     where = _device(device)
+    if fuzz is not None:
+        _fuzz(where, fuzz, seed, jobs, json=json)
+        return
     results = []
     for result in selftest(where, backend):
         results.append(result)
@@ -216,6 +225,37 @@ def check(device: Device = None, backend: Backend = None, json: Json = False) ->
         failed = sum(not result.ok for result in results)
         typer.echo(f"{len(results) - failed} of {len(results)} passed on {where}")
     if not ok:
+        raise typer.Exit(WRONG)
+
+
+def _fuzz(device: torch.device, count: int, seed: int | None, jobs: int, *, json: bool) -> None:
+    """Random problems: a line for each that is wrong, and one for all."""
+    import secrets
+    import time
+
+    from fusedmoe.cli.environment import name_of, versions
+    from fusedmoe.target import target_of
+    from fusedmoe.testing.fuzz import fuzz
+
+    seed = secrets.randbelow(2**32) if seed is None else seed
+    typer.echo(f"seed {seed}", err=json)
+    start, ran, wrong, worst = time.monotonic(), 0, [], 0.0
+    for outcome in fuzz(count, seed, device, jobs=jobs, small=target_of(device).interpret):
+        ran += 1
+        if not outcome.ok:
+            wrong.append(outcome)
+            typer.echo(f"FAIL {outcome}", err=json)
+        worst = max(worst, (outcome.error or 0.0) / outcome.tolerance)
+    seconds = time.monotonic() - start
+    if json:
+        found = {"device": name_of(device), "versions": versions(), "seed": seed, "problems": ran, "seconds": seconds}
+        typer.echo(_json({**found, "worst": worst, "wrong": [asdict(outcome) for outcome in wrong]}))
+    else:
+        typer.echo(
+            f"{ran} random problems on {name_of(device)}, seed {seed}: {len(wrong)} wrong; "
+            f"the largest error is {worst:.2f} of its bound; {seconds:.0f} s"
+        )
+    if wrong:
         raise typer.Exit(WRONG)
 
 
@@ -251,6 +291,7 @@ def bench(
     beside: Annotated[
         list[Path] | None, typer.Option(help="Figures of another library, as in benchmarks/peers; repeatable.")
     ] = None,
+    batch_invariant: Invariant = False,
     json: Annotated[str | None, typer.Option(metavar="FILE", help="Write JSON there; - is stdout, alone.")] = None,
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Draw a roofline and bars: FILE.png and FILE.svg.")
@@ -280,6 +321,7 @@ def bench(
         "backends": backend or [None],
         "routings": [benchmark.routing_of(name) for name in routing or ["uniform"]],
         "peers": benchmark.peers_of(peer or ()),
+        "batch_invariant": batch_invariant,
     }
     types = _types(shapes, schemes, counts[0], kind, where)
     ceilings = benchmark.measure_ceilings(where, types)
@@ -326,7 +368,8 @@ def _types(
 
 def _write(path: Path, text: str) -> None:
     try:
-        path.write_text(text, encoding="utf-8")
+        with replacing(path) as new:
+            new.write_text(text, encoding="utf-8")
     except OSError as cause:
         raise OptionError(
             explain(f"file {path}", got=cause.strerror, wanted="a file that can be written", do="Choose another.")

@@ -21,6 +21,7 @@ VARIABLES = {
     "backend": "FUSEDMOE_BACKEND",
     "shared_memory_cap": "FUSEDMOE_SHARED_MEMORY_CAP",
     "workspace_limit": "FUSEDMOE_WORKSPACE_LIMIT",
+    "batch_invariant": "FUSEDMOE_BATCH_INVARIANT",
     "interpret": "TRITON_INTERPRET",
 }
 PACKAGES = ("torch", "triton", "transformers", "safetensors", "typer", "rich")

@@ -44,6 +44,7 @@ def explain_call(
     scheme: str = "none",
     arch: str | None = None,
     backend: str | None = None,
+    batch_invariant: bool = False,
 ) -> dict[str, Any]:
     """Everything that ``fusedmoe explain`` prints.
 
@@ -67,6 +68,7 @@ def explain_call(
         activation=activation,
         weight_layout=cast("WeightLayout", weight_layout),
         form=format_for(scheme, shape),
+        batch_invariant=batch_invariant,
     )
     plan = choose(problem, target, backend)
     floor, source = _floor(problem, target, device if target == here else None)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fusedmoe.atomic import replacing
 from fusedmoe.bench import describe, measure_ceilings, time_us
 from fusedmoe.checkpoint import read_embedding, read_experts, read_router
 from fusedmoe.checks import check
@@ -217,7 +218,9 @@ def _token_ids(directory: Path, text: str, n_rows: int) -> tuple[list[int], str]
     if any((directory / name).is_file() for name in TOKENIZER_FILES):
         package = transformers("text as hidden states")
         try:
-            tokenizer = package.AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
+            tokenizer = package.AutoTokenizer.from_pretrained(
+                str(directory), local_files_only=True, trust_remote_code=False
+            )
             return [int(token) for token in tokenizer(text)["input_ids"]], "the checkpoint's tokenizer"
         except (OSError, ValueError, KeyError, ImportError) as cause:
             raise CheckpointError(
@@ -245,7 +248,8 @@ def _save(path: Path, tensors: dict[str, Tensor]) -> None:
     from safetensors.torch import save_file
 
     try:
-        save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, path)
+        with replacing(path) as new:
+            save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, new)
     except (OSError, SafetensorError) as cause:
         raise OptionError(
             explain(f"--output {path}", got=f"{cause}", wanted="a file that can be written", do="Choose another.")

@@ -45,7 +45,7 @@ def sm90_plan(problem: Problem, target: Target) -> TritonPlan:
         overlap=True,
         gate_up=gate_up,
         down=down,
-        requantise=_requantise(second, gate_up),
+        requantise=requantise(second, gate_up),
     )
 
 
@@ -142,11 +142,11 @@ def triton_plan(problem: Problem, target: Target) -> TritonPlan:
         down=down,
         combine_block=max(16, min(1024, _next_power_of_2(problem.hidden))),
         multiply=(multiply_in(first, target), multiply_in(second, target)),
-        requantise=_requantise(second, gate_up),
+        requantise=requantise(second, gate_up),
     )
 
 
-def _requantise(down: Gemm, gate_up: KernelConfig) -> Literal["none", "epilogue", "kernel"]:
+def requantise(down: Gemm, gate_up: KernelConfig) -> Literal["none", "epilogue", "kernel"]:
     """Where the intermediate becomes codes: in the epilogue of gate-up when a tile has all that a scale is made of."""
     inputs = down.inputs
     if inputs is None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 
 from fusedmoe.errors import OptionError, UnsupportedError, explain
 from fusedmoe.plan.config import Plan, TritonPlan
 from fusedmoe.plan.heuristics import sm90_plan, triton_plan, why_portable
+from fusedmoe.plan.invariance import alike, anchor_tokens
 from fusedmoe.plan.validity import why_not
 from fusedmoe.settings import settings
 from fusedmoe.spec.problem import Problem
@@ -72,7 +74,21 @@ def choose(problem: Problem, target: Target, backend: str | None = None) -> Plan
         OptionError: no backend of that name.
         UnsupportedError: none can, or the named one cannot; every reason of every backend is in the message.
     """
-    return _choose(problem, target, settings().backend if backend is None else backend)
+    # As text, so that what is no name is an unknown name.
+    how = _choose_alike if problem.batch_invariant else _choose
+    return how(problem, target, settings().backend if backend is None else str(backend))
+
+
+@functools.lru_cache(maxsize=4096)
+def _choose_alike(problem: Problem, target: Target, backend: str) -> Plan:
+    """The plan of a batch-invariant call: of its own, with the arithmetic of the anchor's; else the anchor's."""
+    tokens = anchor_tokens(problem)
+    anchor, own = (_choose(replace(problem, tokens=n), target, backend) for n in (tokens, problem.tokens))
+    if anchor.triton is None:
+        return replace(anchor, why=f"{anchor.why}; batch-invariant: row by row")
+    if own.triton is not None and (found := alike(own.triton, anchor.triton, problem, target)):
+        return replace(own, triton=found, why=f"{own.why}; batch-invariant: tiles that add up as for {tokens} tokens")
+    return replace(anchor, why=f"{anchor.why}; batch-invariant: the tiles of {tokens} tokens, as no others add up so")
 
 
 @functools.lru_cache(maxsize=4096)

@@ -10,6 +10,8 @@ from fusedmoe.errors import OptionError, explain
 #: Two arguments (gate, up) make an activation gated; a default of None means "off",
 #: REQUIRED means that the caller must say.
 REQUIRED = object()
+#: Parameters are applied in float32.
+FLOAT32_MAX = 3.4028234663852886e38
 TABLE: dict[str, tuple[int, dict[str, object]]] = {
     "silu": (2, {"limit": None}),
     "gelu": (2, {}),
@@ -66,7 +68,7 @@ class Activation:
     linear_beta: float | None = None
 
     def __post_init__(self) -> None:
-        if self.name not in TABLE:
+        if not isinstance(self.name, str) or self.name not in TABLE:
             raise OptionError(
                 explain(
                     "unknown activation",
@@ -101,12 +103,12 @@ class Activation:
                         )
                     )
                 object.__setattr__(self, parameter, default)
-            elif not isinstance(value, (int, float)) or isinstance(value, bool) or value != value:
+            elif not isinstance(value, (int, float)) or isinstance(value, bool) or not abs(value) <= FLOAT32_MAX:
                 raise OptionError(
                     explain(
                         f"{parameter} of activation {self.name!r}",
                         got=repr(value),
-                        wanted="a number",
+                        wanted="a number that float32 holds",
                         do="Pass a float.",
                     )
                 )

@@ -8,8 +8,11 @@ expert (1 where there is none). A scheme is a choice of these; see :mod:`fusedmo
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
+
+from fusedmoe.errors import OptionError, explain
 
 InputMode = Literal["token", "group", "tensor", "static"]
 
@@ -49,6 +52,19 @@ SCALES: dict[str, str] = {
 }
 
 
+_SEE = "fusedmoe.schemes.format_of makes formats that fit together."
+
+
+def _one_of(what: str, got: object, allowed: Iterable[str]) -> None:
+    if not isinstance(got, str) or got not in allowed:
+        raise OptionError(explain(what, got=repr(got), wanted=" or ".join(allowed), do=_SEE))
+
+
+def _side(value: object) -> bool:
+    """A number of rows or columns that a kernel can count with."""
+    return isinstance(value, int) and 0 <= value < 2**31
+
+
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
     """Quantisation of the rows that an expert matrix multiplies, symmetric: x = code * scale.
@@ -60,6 +76,13 @@ class Inputs:
     element: Literal["e4m3", "e4m3fnuz", "int8"]
     mode: InputMode
     group: int = 0
+
+    def __post_init__(self) -> None:
+        _one_of("element of inputs", self.element, ("e4m3", "e4m3fnuz", "int8"))
+        _one_of("mode of inputs", self.mode, get_args(InputMode))
+        if not _side(self.group) or (self.mode == "group") != (self.group > 0):
+            wanted = "a positive number of columns in mode 'group', else 0"
+            raise OptionError(explain("group of inputs", got=repr(self.group), wanted=wanted, do=_SEE))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +106,15 @@ class Format:
     zero: bool = False
     tensor_scale: bool = False
     inputs: Inputs | None = None
+
+    def __post_init__(self) -> None:
+        _one_of("element", self.element, ELEMENTS)
+        _one_of("type of scales", self.scale, SCALES)
+        if not isinstance(self.block, tuple) or len(self.block) != 2 or not all(map(_side, self.block)):
+            wanted = "(rows, columns), numbers from 0, which stands for all"
+            raise OptionError(explain("block", got=repr(self.block), wanted=wanted, do=_SEE))
+        if self.inputs is not None and not isinstance(self.inputs, Inputs):
+            raise OptionError(explain("inputs", got=repr(self.inputs), wanted="Inputs or None", do=_SEE))
 
     @property
     def per_byte(self) -> int:

@@ -74,6 +74,7 @@ class Problem:
     sparse: bool = False  # rows of absent slots may hold anything: a backend may write rows where the output is
     fp32_precision: Fp32Precision = "ieee"
     alone: bool = False  # the first GEMM is the whole call: its rows, each at its slot, are the output
+    batch_invariant: bool = False  # a row's bits depend on its token alone
 
     @property
     def slots(self) -> int:

@@ -313,7 +313,9 @@ class Case:
         return ids.to(getattr(torch, self.id_dtype))
 
 
-def run_poisoned(case: Case, device: str = "cpu", backend: str = "triton", seed: int = 0) -> tuple[torch.Tensor, float]:
+def run_poisoned(
+    case: Case, device: str = "cpu", backend: str = "triton", seed: int = 0, *, batch_invariant: bool = False
+) -> tuple[torch.Tensor, float]:
     """Run a case twice with dirty output and workspace; return the output and its error against the reference.
 
     Raises:
@@ -321,12 +323,13 @@ def run_poisoned(case: Case, device: str = "cpu", backend: str = "triton", seed:
             written or lies beside an operand.
     """
     arguments, options = case.draw(device, seed)
-    size = workspace_bytes(*arguments, backend=backend, **options)
+    how = {**options, "backend": backend, "batch_invariant": batch_invariant}
+    size = workspace_bytes(*arguments, **how)
     outputs = []
     for poison in (0xFF, 0x7F):  # NaN; large numbers, and ids in range
         out = torch.full(arguments[0].shape, float("nan"), dtype=getattr(torch, case.dtype), device=device)
         workspace = torch.full((size,), poison, dtype=torch.uint8, device=device)
-        outputs.append(fused_experts(*arguments, out=out, workspace=workspace, backend=backend, **options))
+        outputs.append(fused_experts(*arguments, out=out, workspace=workspace, **how))
     assert torch.equal(*outputs), "the output depends on memory that nothing wrote, or that lies beside an operand"
     return outputs[0], relative_error(outputs[0], expected(arguments, options))
 
