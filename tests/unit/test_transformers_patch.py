@@ -23,8 +23,8 @@ QWEN, GPT_OSS = "qwen3_moe.Qwen3MoeExperts", "gpt_oss.GptOssExperts"
 # --- Llama-4 -----------------------------------------------------------------------------------------------------
 
 
-def llama4(**more):
-    sizes = {"hidden_size": 32, "intermediate_size": 24, "intermediate_size_mlp": 48, "vocab_size": 64}
+def llama4(intermediate_size=24, **more):
+    sizes = {"hidden_size": 32, "intermediate_size": intermediate_size, "intermediate_size_mlp": 48, "vocab_size": 64}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "num_hidden_layers": 2}
     torch.manual_seed(0)
     config = Llama4TextConfig(
@@ -73,6 +73,25 @@ def test_llama4_gradients_fall_back():
     with pytest.warns(UserWarning, match=r"computes no gradients.*Transformers' own"):
         out = model(input_ids=torch.arange(3, 10)[None]).logits
     assert torch.equal(torch.autograd.grad(out.sum(), model.lm_head.weight)[0], want)
+
+
+def test_llama4_from_a_quantised_checkpoint(tmp_path):
+    model = llama4(intermediate_size=64)
+    model.save_pretrained(tmp_path / "plain")
+    quantize_checkpoint(tmp_path / "plain", tmp_path / "small", "int4_w4a16", group=32)
+    for i, layer in enumerate(model.model.layers):
+        stored = fusedmoe.checkpoint.read_experts(tmp_path / "small", i)
+        with torch.no_grad():
+            layer.feed_forward.experts.gate_up_proj.copy_(stored.w13.dequantize().transpose(1, 2))
+            layer.feed_forward.experts.down_proj.copy_(stored.w2.dequantize().transpose(1, 2))
+    want = logits(model)
+    for layer in model.model.layers:
+        layer.feed_forward.experts.to("meta")
+    report = patch(model, tmp_path / "small")
+    assert len(report.replaced) == 2 and "int4_w4a16" in str(report)
+    assert relative(logits(model), want) < 2e-6
+    with pytest.raises(GradientError, match="quantised experts"):
+        model(input_ids=torch.arange(3, 10)[None])
 
 
 def test_llama4_compiled():

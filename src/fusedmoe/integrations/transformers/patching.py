@@ -20,7 +20,7 @@ from fusedmoe.checkpoint.stored import find_layer
 from fusedmoe.errors import CheckpointError, FusedMoEError, UnsupportedError, explain
 from fusedmoe.expert_matrix import ExpertMatrix
 from fusedmoe.functional import fused_experts
-from fusedmoe.integrations.transformers.gates import gate_of, plain_gate_of
+from fusedmoe.integrations.transformers.gates import Gate, gate_of, plain_gate_of
 from fusedmoe.integrations.transformers.interface import FALLS_BACK, needs_grad, refuse_gradients
 from fusedmoe.nn import FusedExperts
 
@@ -65,25 +65,30 @@ class TransformersExperts(FusedExperts):
 class FusedLlama4TextMoe(Llama4TextMoe):
     """Llama-4's mixture on the experts that its router chose, where the original multiplies by all of them.
 
-    The class of a module is changed to this one; its tensors and their names stay.
+    The class of a module is changed to this one; its tensors and their names stay, unless its experts come from a
+    quantised checkpoint.
     """
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         """Mixture and router logits; the router's weight multiplies the input of an expert."""
         experts, x = self.experts, hidden_states.reshape(-1, self.hidden_dim)
-        if needs_grad(self, x):
+        quantised = isinstance(experts, FusedExperts)
+        if not quantised and needs_grad(self, x):
             if not torch.compiler.is_compiling():
                 warnings.warn(FALLS_BACK.format("Transformers' own"), stacklevel=2)
             return super().forward(hidden_states)  # type: ignore[no-any-return, no-untyped-call]
         router_logits = self.router(x)[1]
         values, ids = router_logits.topk(self.top_k, dim=1)
+        weights = values.float().sigmoid().to(values.dtype)
+        if quantised:
+            return self.shared_expert(x).add_(experts(x, ids, weights)), router_logits
         gate = plain_gate_of(experts.act_fn)
         assert gate is not None, "checked when the class was changed"
         out = fused_experts(
             x.to(experts.gate_up_proj.dtype),
             experts.gate_up_proj,
             experts.down_proj,
-            values.float().sigmoid().to(values.dtype),
+            weights,
             ids,
             activation=gate.activation,
             weight_layout="KN",
@@ -95,7 +100,7 @@ class FusedLlama4TextMoe(Llama4TextMoe):
 def patch(model: PreTrainedModel, checkpoint: str | os.PathLike[str] | None = None) -> Report:
     """Replace experts modules that Transformers' experts interface does not reach, in place.
 
-    * Llama-4's mixtures compute the chosen experts alone, from the tensors that they have.
+    * Llama-4's mixtures compute the chosen experts alone, from the tensors that they have, or from a checkpoint.
     * Experts that are quantised in ``checkpoint``, in any way that :func:`fusedmoe.checkpoint.read_experts` knows
       (compressed-tensors, GPTQ, AWQ, gpt-oss' mxfp4, ...), are read from it into :class:`TransformersExperts`, which
       take the place of experts that Transformers has widened or left out. The module may lie on the meta device.
@@ -118,13 +123,13 @@ def patch(model: PreTrainedModel, checkpoint: str | os.PathLike[str] | None = No
     with ExitStack() as stack:
         files = None if checkpoint is None else stack.enter_context(open_checkpoint(checkpoint))
         for name, module in list(model.named_modules()):
-            if isinstance(module, Llama4TextMoe):
-                _llama4(name, module, report)
-            elif name.rpartition(".")[2] == "experts" and not isinstance(_parent(model, name), Llama4TextMoe):
-                try:
+            try:
+                if isinstance(module, Llama4TextMoe):
+                    _llama4(model, name, module, files, report)
+                elif name.rpartition(".")[2] == "experts" and not isinstance(_parent(model, name), Llama4TextMoe):
                     _replace(model, name, module, files, report)
-                except FusedMoEError as error:
-                    report.refused[name] = str(error)
+            except FusedMoEError as error:
+                report.refused[name] = str(error)
     return report
 
 
@@ -132,16 +137,27 @@ def _parent(model: nn.Module, name: str) -> nn.Module:
     return model.get_submodule(name.rpartition(".")[0])
 
 
-def _llama4(name: str, module: Any, report: Report) -> None:
+def _llama4(model: PreTrainedModel, name: str, module: Any, files: Files | None, report: Report) -> None:
+    """One mixture of Llama-4; raises what stands against it."""
+    experts = module.experts
     if isinstance(module, FusedLlama4TextMoe):
         report.kept[name] = "replaced before"
-    elif type(module) is not Llama4TextMoe or type(module.experts) is not Llama4TextExperts:
-        report.refused[name] = f"{type(module).__name__} with {type(module.experts).__name__} is not Llama-4's own"
-    elif plain_gate_of(module.experts.act_fn) is None:
-        report.refused[name] = f"its activation {type(module.experts.act_fn).__name__} is not known"
-    else:
-        module.__class__ = FusedLlama4TextMoe
-        report.replaced[name] = "Llama-4, its own tensors, the chosen experts alone"
+        return
+    if type(module) is not Llama4TextMoe or type(experts) is not Llama4TextExperts:
+        report.refused[name] = f"{type(module).__name__} with {type(experts).__name__} is not Llama-4's own"
+        return
+    gate = plain_gate_of(experts.act_fn)
+    if gate is None:
+        report.refused[name] = f"its activation {type(experts.act_fn).__name__} is not known"
+        return
+    what = "its own tensors"
+    if files is not None and _quantised(files, name):
+        stored = read_experts(files.directory, _layer(name), device=_device(model, f"{name}.experts"), progress=False)
+        _check_same(experts.gate_up_proj, gate, stored)
+        module.set_submodule("experts", TransformersExperts.of_checkpoint(stored))
+        what = _origin(stored, files)
+    module.__class__ = FusedLlama4TextMoe
+    report.replaced[name] = f"Llama-4, the chosen experts alone, {what}"
 
 
 def _replace(model: PreTrainedModel, name: str, module: Any, files: Files | None, report: Report) -> None:
@@ -178,12 +194,18 @@ def _replace(model: PreTrainedModel, name: str, module: Any, files: Files | None
     else:
         mixture = name.rpartition(".")[0]
         stored = experts_of_module(_parent(model, name), mixture, _config(model), device=device)
-    _check_same(module, stored, on_interface=on_interface)
+    if on_interface:
+        gate = None if getattr(module, "has_post_expert_norm", False) else gate_of(module)
+        _check_same(module.gate_up_proj if module.has_gate else module.up_proj, gate, stored)
     model.set_submodule(name, TransformersExperts.of_checkpoint(stored))
     if mxfp4:
         _undo_mxfp4_mixture(_parent(model, name))
+    report.replaced[name] = f"{type(module).__name__}, {_origin(stored, files)}"
+
+
+def _origin(stored: ExpertsCheckpoint, files: Files | None) -> str:
     form = stored.w13.format if isinstance(stored.w13, ExpertMatrix) else stored.w13.dtype
-    report.replaced[name] = f"{type(module).__name__}, {form} from {files.directory if files else 'memory'}"
+    return f"{form} from {files.directory if files else 'memory'}"
 
 
 #: Names of the arguments of experts that take ids and weights.
@@ -235,31 +257,26 @@ def _device(model: nn.Module, name: str) -> torch.device:
         name = name.rpartition(".")[0]
 
 
-def _check_same(module: Any, stored: ExpertsCheckpoint, *, on_interface: bool) -> None:
-    """Raise unless the module has the sizes, and computes the function, of what was read."""
-    if not on_interface:
-        return
-    first = module.gate_up_proj if module.has_gate else module.up_proj
-    shapes = tuple(stored.w13.shape), tuple(first.shape)
+def _check_same(first: Tensor, gate: Gate | None, stored: ExpertsCheckpoint) -> None:
+    """Raise unless a module with this first matrix and gate has the sizes, and computes, what was read."""
+    got, wanted = tuple(stored.w13.shape), tuple(first.shape)
     # Stored rows first or columns first, as it may be.
-    if shapes[0] not in (shapes[1], (shapes[1][0], *shapes[1][:0:-1])):
-        wanted = f"{shapes[1]}, as the module has them"
-        got, do = shapes[0], "Pass the directory of this very model."
-        raise CheckpointError(explain("first matrix of the experts of the checkpoint", got=got, wanted=wanted, do=do))
-    gate = gate_of(module)
-    if gate is None or getattr(module, "has_post_expert_norm", False):
+    if got not in (wanted, (wanted[0], *wanted[:0:-1])):
+        said, do = f"{wanted}, as the module has them", "Pass the directory of this very model."
+        raise CheckpointError(explain("first matrix of the experts of the checkpoint", got=got, wanted=said, do=do))
+    if gate is None:
         raise UnsupportedError(
             explain(
-                f"{type(module).__name__} with quantised weights",
+                "experts with quantised weights",
                 got="a gate or a norm that is not fused",
                 wanted="a gate of the table in docs/transformers.md",
                 do="Use set_experts_implementation('fusedmoe') on the unquantised model.",
             )
         )
-    said = stored.activation, stored.gate_up_layout if stored.activation.gated else "concatenated"
-    if tuple(gate) != said:
+    read = stored.activation, stored.gate_up_layout if stored.activation.gated else "concatenated"
+    if tuple(gate) != read:
         raise CheckpointError(
-            explain("what the experts compute", got=f"{said} in config.json", wanted=tuple(gate), do="Report this.")
+            explain("what the experts compute", got=f"{read} in config.json", wanted=tuple(gate), do="Report this.")
         )
 
 
