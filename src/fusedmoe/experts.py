@@ -12,17 +12,58 @@ import torch
 
 from fusedmoe import backends
 from fusedmoe.backends.base import Backend
-from fusedmoe.backends.launch import tape_for
+from fusedmoe.backends.launch import Tape, alike, call_for, keep_call, tape_for
 from fusedmoe.backends.workspace import Workspace, layout_bytes
 from fusedmoe.call import Call
 from fusedmoe.errors import OptionError, UnsupportedError, WorkspaceError, explain
+from fusedmoe.expert_matrix import ExpertMatrix
 from fusedmoe.plan.config import Plan
 from fusedmoe.settings import settings
 from fusedmoe.spec.problem import Problem
 
 
-def run(call: Call, plan: Plan, workspace_limit: int | None = None) -> torch.Tensor:
+def again(arguments: tuple[object, ...], options: tuple[object, ...]) -> tuple[object, torch.Tensor | None]:
+    """The result of a call that is like an earlier one in all that can be checked; None where there was none.
+
+    Args:
+        arguments: tensors and expert matrices in the order of :class:`Call`, or None.
+        options: whatever else decides.
+
+    Returns:
+        What :func:`run` is to remember such calls by, and the result.
+    """
+    tensors: list[torch.Tensor] = []
+    facts: list[object] = []
+    try:
+        if arguments[0].device.type == "cpu":  # type: ignore[attr-defined]
+            return None, None
+        for value in arguments:
+            if isinstance(value, ExpertMatrix):
+                parts = value.tensors()
+                facts += value.format, value.parts, *parts
+                tensors += parts.values()
+            elif value is None:
+                facts.append(None)
+            else:
+                facts.append(True)
+                tensors.append(value)  # type: ignore[arg-type]
+        key = (options, *map(type, options), torch.is_grad_enabled(), *facts, *map(alike, tensors))
+        found = call_for(key)
+    except (AttributeError, NotImplementedError, RuntimeError, TypeError):
+        return None, None  # what is wrong with it, the check will say
+    if found is None:
+        return key, None
+    tape, dtype = found
+    x = tensors[0]
+    out = torch.empty(x.shape, dtype=dtype, device=x.device)
+    tape.replay((*tensors, out, torch.empty(tape.n_bytes, dtype=torch.uint8, device=x.device)))
+    return key, out
+
+
+def run(call: Call, plan: Plan, workspace_limit: int | None = None, key: object = None) -> torch.Tensor:
     """Run a checked call the way ``plan`` says; returns ``call.out``, or a new tensor [T, H].
+
+    With a key from :func:`again`, the next call of that key is made of the launches of this one.
 
     Under a limit (None: the process's setting) it runs chunk after chunk of its tokens, all with this plan, which was
     made for all of them: a row meets the same tiles in the same order, and gets the same bits.
@@ -36,7 +77,9 @@ def run(call: Call, plan: Plan, workspace_limit: int | None = None) -> torch.Ten
     n_tokens = call.problem.tokens
     chunk = tokens_at_a_time(call.problem, plan, workspace_limit)
     if chunk == n_tokens:
-        _take(_layer, call, plan, out)
+        tape = _take(_layer, call, plan, out)
+        if key is not None and tape is not None and tape.whole:
+            keep_call(key, tape, out.dtype)
         return out
     if call.workspace is None:  # one for all chunks, the first of which is the largest
         need = bytes_for(replace(call.problem, tokens=chunk), plan)
@@ -70,7 +113,7 @@ def _first_gemm(backend: Backend, call: Call, plan: Plan, work: Workspace, out: 
     backend.gate_up(call, plan, backend.route(call, plan, work), work)
 
 
-def _take(steps: Callable[..., None], call: Call, plan: Plan, out: torch.Tensor) -> None:
+def _take(steps: Callable[..., None], call: Call, plan: Plan, out: torch.Tensor) -> Tape | None:
     """Take the steps; or, of a call like an earlier one, launch again what they launched."""
     device, tensors = out.device, (*call.inputs(), out)
     tape = None
@@ -78,12 +121,13 @@ def _take(steps: Callable[..., None], call: Call, plan: Plan, out: torch.Tensor)
         tape = tape_for((steps, call.problem, plan), (*tensors, *call.workspaces()))
     if tape is not None and tape.whole:
         tape.replay((*tensors, *(call.workspaces() or (torch.empty(tape.n_bytes, dtype=torch.uint8, device=device),))))
-        return
+        return tape
     backend = backends.load(plan.backend)
     layout = backend.workspace_layout(call.problem, plan)
     work = Workspace(layout, device, call.workspace)
     with nullcontext() if tape is None else tape.record((*tensors, *work.buffers), layout_bytes(layout)):
         steps(backend, call, plan, work, out)
+    return tape
 
 
 def bytes_for(problem: Problem, plan: Plan) -> int:

@@ -105,8 +105,8 @@ def fused_experts(
     >>> fusedmoe.fused_experts(x, w13, w2, topk.weights, topk.ids).shape
     torch.Size([5, 64])
     """
-    act = Activation.of(activation)
     if torch.compiler.is_compiling():
+        act = Activation.of(activation)
         result: torch.Tensor = torch.ops.fusedmoe.fused_experts(
             hidden_states,
             *flatten(w13),
@@ -134,6 +134,18 @@ def fused_experts(
             batch_invariant,
         )
         return result if out is None else out.copy_(result)
+    key = None
+    if out is None and workspace is None:  # memory of the caller's may overlap other arguments
+        arguments = (
+            hidden_states, w13, w2, topk_weights, topk_ids, w13_bias, w2_bias, expert_map, hidden_states_scale,
+        )  # fmt: skip
+        options = (
+            dtype, emulate, activation, gate_up_layout, weight_layout, apply_router_weight_on_input, global_num_experts,
+            fp32_precision, batch_invariant, backend, workspace_limit,
+        )  # fmt: skip
+        key, done = experts.again(arguments, options)
+        if done is not None:
+            return done
     call = check(
         hidden_states,
         w13,
@@ -143,7 +155,7 @@ def fused_experts(
         hidden_states_scale=hidden_states_scale,
         dtype=dtype,
         emulate=emulate,
-        activation=act,
+        activation=Activation.of(activation),
         gate_up_layout=gate_up_layout,
         weight_layout=weight_layout,
         w13_bias=w13_bias,
@@ -156,7 +168,7 @@ def fused_experts(
         out=out,
         workspace=workspace,
     )
-    return experts.run(call, choose(call.problem, target_of(hidden_states.device), backend), workspace_limit)
+    return experts.run(call, choose(call.problem, target_of(hidden_states.device), backend), workspace_limit, key)
 
 
 def workspace_bytes(

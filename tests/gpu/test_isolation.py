@@ -36,7 +36,7 @@ def plain() -> list[Case]:
 
 
 def quantised() -> list[Case]:
-    forms = [form for scheme in SCHEMES for form in {format_of(scheme), *formats_of(scheme)[:4]}]
+    forms = [form for scheme in SCHEMES for form in dict.fromkeys((format_of(scheme), *formats_of(scheme)[:4]))]
     cases = [Case.of(SHAPES[i % 2], formats=(form, form), ids="any").fitted() for i, form in enumerate(forms)]
     return [case for case in cases if not couples_rows(case)]
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 from triton.runtime.jit import JITFunction
 
-from fusedmoe import fused_experts, softmax_topk
+from fusedmoe import functional, fused_experts, softmax_topk
 from fusedmoe.backends import launch as launches
+from fusedmoe.errors import DTypeError, GradientError, LayoutError, OptionError, ShapeError
 from fusedmoe.schemes import format_of
 from fusedmoe.testing.cases import random_matrix
 from fusedmoe.testing.verify import verify
@@ -35,13 +36,16 @@ def layer(scheme, tokens, seed, *, experts=16, top_k=4, hidden=256, intermediate
         w13 = random_matrix(format_of(scheme), sizes[0], generator, parts=2)
         w2 = random_matrix(format_of(scheme), sizes[1], generator)
     x = torch.randn(tokens, hidden, dtype=torch.bfloat16, device="cuda", generator=generator)
-    weights, ids = softmax_topk(torch.randn(tokens, experts, device="cuda", generator=generator), top_k)
+    weights, ids = softmax_topk(
+        torch.randn(tokens, experts, device="cuda", generator=generator), top_k, renormalize=True
+    )
     return x, w13, w2, weights, ids
 
 
 @pytest.fixture(autouse=True)
 def no_tapes():
     launches._LOCAL.tapes.clear()
+    launches._LOCAL.calls.clear()
 
 
 @pytest.mark.parametrize("tokens", [1, 7, 64])
@@ -54,6 +58,7 @@ def test_a_second_call_binds_no_kernel_and_is_right(scheme, tokens, monkeypatch)
     want = fused_experts(*second, out=torch.empty(tokens + 1, 256, dtype=torch.bfloat16, device="cuda")[1:])
     with monkeypatch.context() as patch:
         patch.setattr(JITFunction, "run", lambda *_, **__: pytest.fail("a kernel was bound anew"))
+        patch.setattr(functional, "check", lambda *_, **__: pytest.fail("checked anew"))
         got = fused_experts(*second)
         again = fused_experts(*first)
     assert verify(got, second, {}).ok and verify(again, first, {}).ok
@@ -103,3 +108,20 @@ def test_another_alignment_is_another_tape():
     shifted = torch.empty(x.numel() + 1, dtype=x.dtype, device="cuda")[1:].view_as(x).copy_(x)
     assert torch.equal(fused_experts(x, *rest), fused_experts(shifted, *rest))
     assert len(launches._LOCAL.tapes) == 2
+
+
+def test_what_was_right_once_is_checked_when_it_differs():
+    x, w13, w2, weights, ids = layer(None, 4, 0)
+    fused_experts(x, w13, w2, weights, ids)
+    with pytest.raises(GradientError):
+        fused_experts(x, w13.detach().requires_grad_(), w2, weights, ids)
+    with pytest.raises(DTypeError):
+        fused_experts(x, w13, w2, weights, ids.float())
+    with pytest.raises(ShapeError):
+        fused_experts(x, w13, w2, weights, ids[:, :2])
+    with pytest.raises(OptionError):
+        fused_experts(x, w13, w2, weights, ids, activation="none such")
+    with pytest.raises(LayoutError):
+        fused_experts(x._neg_view(), w13, w2, weights, ids)
+    other = fused_experts(x, w13, w2, weights, ids, activation="gelu")
+    assert verify(other, (x, w13, w2, weights, ids), {"activation": "gelu"}).ok

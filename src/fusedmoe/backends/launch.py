@@ -16,7 +16,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -25,11 +25,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 KEPT = 256
 
 
+_T = TypeVar("_T")
+
+
 class _Local(threading.local):
     """Tapes of a thread. Of one alone, because a replay writes the addresses into the arguments of its launches."""
 
     def __init__(self) -> None:
         self.tapes: OrderedDict[Any, Tape] = OrderedDict()
+        self.calls: OrderedDict[Any, tuple[Tape, torch.dtype]] = OrderedDict()
         self.recording: Tape | None = None
 
 
@@ -158,16 +162,45 @@ def tape_for(key: object, sources: Sequence[torch.Tensor]) -> Tape:
 
     It is new, and not whole, when there was none.
     """
-    alike = tuple((t.shape, t.stride(), t.dtype, t.device, t.data_ptr() & 15) for t in sources)
-    tapes = _LOCAL.tapes
-    tape = tapes.get((key, alike))
-    if tape is None:
-        tape = tapes[(key, alike)] = Tape()
-        if len(tapes) > KEPT:
-            tapes.popitem(last=False)
-    else:
-        tapes.move_to_end((key, alike))
-    return tape
+    key = key, tuple((t.shape, t.stride(), t.dtype, t.device, t.data_ptr() & 15) for t in sources)
+    tape = _kept(_LOCAL.tapes, key)
+    return _keep(_LOCAL.tapes, key, Tape()) if tape is None else tape
+
+
+def alike(tensor: torch.Tensor) -> tuple[object, ...]:
+    """All that checks and launches can depend on but what the tensor holds, and where.
+
+    Raises:
+        RuntimeError, TypeError, AttributeError, NotImplementedError: it is no tensor, or none with strides.
+    """
+    return (
+        type(tensor), tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.data_ptr() & 15,
+        tensor.requires_grad, tensor.is_neg(),
+    )  # fmt: skip
+
+
+def call_for(key: object) -> tuple[Tape, torch.dtype] | None:
+    """Tape and type of the result of a call that was checked before, if it was."""
+    return _kept(_LOCAL.calls, key)
+
+
+def keep_call(key: object, tape: Tape, dtype: torch.dtype) -> None:
+    """The next call of this key needs no check."""
+    _keep(_LOCAL.calls, key, (tape, dtype))
+
+
+def _kept(place: OrderedDict[Any, _T], key: object) -> _T | None:
+    found = place.get(key)
+    if found is not None:
+        place.move_to_end(key)
+    return found
+
+
+def _keep(place: OrderedDict[Any, _T], key: object, value: _T) -> _T:
+    place[key] = value
+    if len(place) > KEPT:
+        place.popitem(last=False)
+    return value
 
 
 _HERE: AbstractContextManager[None] = nullcontext()
