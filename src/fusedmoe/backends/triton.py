@@ -8,7 +8,7 @@ with other ids.
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -16,8 +16,10 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fusedmoe._compat import teach_interpreter
+from fusedmoe.backends import routes
 from fusedmoe.backends.launch import device_guard, launch
 from fusedmoe.backends.product import Product
+from fusedmoe.backends.routes import Routed
 from fusedmoe.backends.rows import flat, in_order, order_of, quantised, with_scale
 from fusedmoe.backends.weights import operand, weight_map
 from fusedmoe.backends.workspace import Layout, Workspace
@@ -31,7 +33,6 @@ from fusedmoe.kernels import (
     load,
     overlap,
     quantise,
-    routing,
     store,
     tiles,
 )
@@ -40,11 +41,9 @@ from fusedmoe.kernels.gather import gather as gather_kernel
 from fusedmoe.kernels.grouped_gemm import grouped_gemm
 from fusedmoe.kernels.operands import (
     Epilogue,
-    Ids,
     Output,
     Parameters,
     Rows,
-    Schedule,
 )
 from fusedmoe.plan.config import FEW, Plan, TritonPlan
 from fusedmoe.settings import settings
@@ -54,15 +53,6 @@ from fusedmoe.target import target_of
 
 if settings().interpret:
     teach_interpreter()
-
-#: Most slots that one launch of one program routes.
-ONE_CHUNK = 1024
-#: Slots that one program sorts otherwise: up to 32768 slots, and above.
-CHUNKS = (256, 1024)
-#: Entries of the tile table that one program writes.
-TILES = 64
-#: Elements of the (chunk, expert) table that ``offsets`` holds at once, and of the one in ``_write_tiles``.
-TABLE = 8192
 
 #: Policies of a result that is stored as it is.
 _PLAIN: dict[str, Any] = {
@@ -74,26 +64,10 @@ _PLAIN: dict[str, Any] = {
 }
 
 
-class _Schedule(NamedTuple):
-    ids: Ids
-    schedule: Schedule | None
-    max_tiles: int
-
-
 def _row_stride(columns: int, dtype: torch.dtype) -> int:
     """Elements from row to row of an intermediate: rows start at multiples of 16 bytes."""
     unit = 16 // dtype.itemsize
     return -(-columns // unit) * unit
-
-
-def _max_tiles(problem: Problem, block_m: int) -> int:
-    # sum over experts of ceil(S_e / BLOCK_M) <= floor(S / BLOCK_M) + number of non-empty experts
-    return problem.slots // block_m + min(problem.experts, problem.slots)
-
-
-def _chunk(slots: int) -> int:
-    """Slots that one program sorts: a small sort is fast, many chunks make the one program of ``offsets`` slow."""
-    return CHUNKS[0] if slots <= 32768 else CHUNKS[1]
 
 
 def _overlap(plan: Plan) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -130,15 +104,7 @@ def workspace_layout(problem: Problem, plan: Plan) -> Layout:
     if how.gather:
         layout["tokens"] = ((slots, _row_stride(problem.hidden, tokens_type)), tokens_type)
     if not how.few:
-        # Sized for the lowest tile and the smallest chunk, so that a workspace for more tokens serves fewer.
-        max_tiles = _max_tiles(problem, 16)
-        layout["slot"] = ((slots,), torch.int32)
-        layout["offset"] = ((problem.experts + 1,), torch.int32)
-        layout["tile_expert"] = ((max_tiles,), torch.int32)
-        layout["tile_row"] = ((max_tiles,), torch.int32)
-        layout["n_tiles"] = ((1,), torch.int32)
-        if slots > ONE_CHUNK:
-            layout["base"] = ((math.ceil(slots / min(CHUNKS)), problem.experts), torch.int32)
+        layout |= routes.layout(problem)
     return layout
 
 
@@ -165,82 +131,16 @@ def _codes_layout(name: str, rows: int, columns: int, inputs: Inputs, dtype: tor
     }
 
 
-def route(call: Call, plan: Plan, work: Workspace) -> _Schedule:
+def route(call: Call, plan: Plan, work: Workspace) -> Routed:
     """Sort the live slots by expert and write the table of tiles; few slots need neither."""
-    problem, how = call.problem, _plan(plan)
-    ids = Ids(
-        call.topk_ids,
-        call.topk_ids.stride(0),
-        call.topk_ids.stride(1),
-        call.expert_map,
-        call.n_global,
-        problem.experts,
-        tl.constexpr(problem.top_k),
-        problem.slots,
-    )
+    how = _plan(plan)
     if how.few:
-        return _Schedule(ids, None, min(problem.experts, problem.slots))
-    schedule = Schedule(work["slot"], work["offset"], work["tile_expert"], work["tile_row"], work["n_tiles"])
-    block_m = how.gate_up.block_m
-    max_tiles = _max_tiles(problem, block_m)
-    n_experts = problem.experts
-    e_pad = max(2, triton.next_power_of_2(n_experts))
-    tiles_each = max(1, min(TILES, TABLE // e_pad))
+        return Routed(routes.ids_of(call), None, min(call.problem.experts, call.problem.slots))
     first, after = _overlap(plan)
-    with device_guard(call.hidden_states.device):
-        if problem.slots <= ONE_CHUNK:
-            launch(
-                routing.route_one_chunk,
-                (1,),
-                ids,
-                schedule,
-                **first,
-                E=n_experts,
-                E_PAD=e_pad,
-                CHUNK=max(128, triton.next_power_of_2(problem.slots)),
-                TILES=tiles_each,
-                BLOCK_M=block_m,
-                num_warps=8,
-            )
-        else:
-            base = work["base"]
-            chunk = _chunk(problem.slots)
-            n_chunks = math.ceil(problem.slots / chunk)
-            block_c = max(1, TABLE // e_pad)
-            launch(routing.count, (n_chunks,), ids, base, **first, E=n_experts, E_PAD=e_pad, CHUNK=chunk)
-            launch(
-                routing.offsets,
-                (1,),
-                ids,
-                schedule,
-                base,
-                n_chunks,
-                **after,
-                E=n_experts,
-                E_PAD=e_pad,
-                BLOCK_C=block_c,
-                BLOCK_M=block_m,
-                num_warps=8,
-            )
-            programs = max(n_chunks, math.ceil(max_tiles / tiles_each))
-            launch(
-                routing.scatter,
-                (programs,),
-                ids,
-                schedule,
-                base,
-                n_chunks,
-                **after,
-                E=n_experts,
-                E_PAD=e_pad,
-                CHUNK=chunk,
-                TILES=tiles_each,
-                BLOCK_M=block_m,
-            )
-    return _Schedule(ids, schedule, max_tiles)
+    return routes.sort(call, how.gate_up.block_m, work, first, after)
 
 
-def gate_up(call: Call, plan: Plan, schedule: _Schedule, work: Workspace) -> Rows:
+def gate_up(call: Call, plan: Plan, schedule: Routed, work: Workspace) -> Rows:
     """Rows of the intermediate [S, I], activated, alone at their slots; a row of an absent slot is never written."""
     problem, how = call.problem, _plan(plan)
     first, after = _overlap(plan)
@@ -309,7 +209,7 @@ def gate_up(call: Call, plan: Plan, schedule: _Schedule, work: Workspace) -> Row
 
 
 def _tokens_as_codes(
-    call: Call, plan: Plan, schedule: _Schedule, x: Rows, inputs: Inputs, work: Workspace, options: dict[str, Any]
+    call: Call, plan: Plan, schedule: Routed, x: Rows, inputs: Inputs, work: Workspace, options: dict[str, Any]
 ) -> Rows:
     """Hidden states as codes with their scales; they may be that already."""
     problem, how = call.problem, _plan(plan)
@@ -383,7 +283,7 @@ def _hidden_rows(how: TritonPlan, inputs: Inputs | None, call: Call, work: Works
     return with_scale(x, inputs, scale, scale.stride(0), scale.stride(1))
 
 
-def down(call: Call, plan: Plan, schedule: _Schedule, hidden: Rows, work: Workspace) -> torch.Tensor:
+def down(call: Call, plan: Plan, schedule: Routed, hidden: Rows, work: Workspace) -> torch.Tensor:
     """Rows of the output [S, H] by slot, weighted; a row of an absent slot is never written."""
     problem = call.problem
     assert call.w2 is not None, "a whole layer has a second matrix"
@@ -406,9 +306,7 @@ def down(call: Call, plan: Plan, schedule: _Schedule, hidden: Rows, work: Worksp
     return rows
 
 
-def combine(
-    call: Call, plan: Plan, schedule: _Schedule, rows: torch.Tensor, work: Workspace, out: torch.Tensor
-) -> None:
+def combine(call: Call, plan: Plan, schedule: Routed, rows: torch.Tensor, work: Workspace, out: torch.Tensor) -> None:
     """Sum the rows of each token into ``out``; they may be there already."""
     if call.problem.sparse:
         return
@@ -428,7 +326,7 @@ def combine(
         )
 
 
-def _gather(plan: Plan, schedule: _Schedule, x: Rows, out: torch.Tensor) -> Rows:
+def _gather(plan: Plan, schedule: Routed, x: Rows, out: torch.Tensor) -> Rows:
     """Rows copied into sorted order; scales stay where they are."""
     tokens = x.ptr
     n_columns = tokens.shape[1]
@@ -469,7 +367,7 @@ def _with_router_weight(e: Epilogue, call: Call) -> Epilogue:
     )
 
 
-def _launch(call: Call, product: Product, options: dict[str, Any], schedule: _Schedule) -> None:
+def _launch(call: Call, product: Product, options: dict[str, Any], schedule: Routed) -> None:
     n_sm = target_of(call.hidden_states.device).n_sm
     programs = product.programs(schedule.max_tiles, n_sm)
     with device_guard(call.hidden_states.device):
@@ -483,7 +381,7 @@ def _launch(call: Call, product: Product, options: dict[str, Any], schedule: _Sc
         sm90.multiply(product, options, schedule.schedule, programs)
 
 
-def _launch_portable(call: Call, product: Product, options: dict[str, Any], schedule: _Schedule, programs: int) -> None:
+def _launch_portable(call: Call, product: Product, options: dict[str, Any], schedule: Routed, programs: int) -> None:
     config, x = product.config, product.x
     _, n, k = product.w.shape
     wide = config.block_n * (2 if product.gate_up == "interleaved" else 1)

@@ -1,0 +1,141 @@
+"""The sort of slots by expert, and the table of tiles: its launches and their memory."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from fusedmoe.backends.launch import device_guard, launch
+from fusedmoe.backends.workspace import Layout, Workspace
+from fusedmoe.call import Call
+from fusedmoe.kernels import routing
+from fusedmoe.kernels.operands import Ids, Schedule
+from fusedmoe.spec.problem import Problem
+
+#: Most slots that one launch of one program routes.
+ONE_CHUNK = 1024
+#: Slots that one program sorts otherwise: up to 32768 slots, and above.
+CHUNKS = (256, 1024)
+#: Entries of the tile table that one program writes.
+TILES = 64
+#: Elements of the (chunk, expert) table that ``offsets`` holds at once, and of the one in ``_write_tiles``.
+TABLE = 8192
+
+
+class Routed(NamedTuple):
+    """Ids, and what was made of them; no schedule where few slots need none."""
+
+    ids: Ids
+    schedule: Schedule | None
+    max_tiles: int
+
+
+def _max_tiles(problem: Problem, block_m: int) -> int:
+    # sum over experts of ceil(S_e / BLOCK_M) <= floor(S / BLOCK_M) + number of non-empty experts
+    return problem.slots // block_m + min(problem.experts, problem.slots)
+
+
+def _chunk(slots: int) -> int:
+    """Slots that one program sorts: a small sort is fast, many chunks make the one program of ``offsets`` slow."""
+    return CHUNKS[0] if slots <= 32768 else CHUNKS[1]
+
+
+def layout(problem: Problem) -> Layout:
+    """Named scratch tensors of the schedule."""
+    # Sized for the lowest tile and the smallest chunk, so that a workspace for more tokens serves fewer.
+    max_tiles = _max_tiles(problem, 16)
+    slots = problem.slots
+    named: Layout = {
+        "slot": ((slots,), torch.int32),
+        "offset": ((problem.experts + 1,), torch.int32),
+        "tile_expert": ((max_tiles,), torch.int32),
+        "tile_row": ((max_tiles,), torch.int32),
+        "n_tiles": ((1,), torch.int32),
+    }
+    if slots > ONE_CHUNK:
+        named["base"] = ((math.ceil(slots / min(CHUNKS)), problem.experts), torch.int32)
+    return named
+
+
+def ids_of(call: Call) -> Ids:
+    """Ids as kernels take them."""
+    problem = call.problem
+    return Ids(
+        call.topk_ids,
+        call.topk_ids.stride(0),
+        call.topk_ids.stride(1),
+        call.expert_map,
+        call.n_global,
+        problem.experts,
+        tl.constexpr(problem.top_k),
+        problem.slots,
+    )
+
+
+def sort(call: Call, block_m: int, work: Workspace, first: dict[str, Any], after: dict[str, Any]) -> Routed:
+    """Sort the live slots and write the table of tiles of ``block_m`` rows.
+
+    Args:
+        first, after: launch options of the first launch, and of those that follow it.
+    """
+    problem, ids = call.problem, ids_of(call)
+    schedule = Schedule(work["slot"], work["offset"], work["tile_expert"], work["tile_row"], work["n_tiles"])
+    max_tiles = _max_tiles(problem, block_m)
+    n_experts = problem.experts
+    e_pad = max(2, triton.next_power_of_2(n_experts))
+    tiles_each = max(1, min(TILES, TABLE // e_pad))
+    with device_guard(call.hidden_states.device):
+        if problem.slots <= ONE_CHUNK:
+            launch(
+                routing.route_one_chunk,
+                (1,),
+                ids,
+                schedule,
+                **first,
+                E=n_experts,
+                E_PAD=e_pad,
+                CHUNK=max(128, triton.next_power_of_2(problem.slots)),
+                TILES=tiles_each,
+                BLOCK_M=block_m,
+                num_warps=8,
+            )
+        else:
+            base = work["base"]
+            chunk = _chunk(problem.slots)
+            n_chunks = math.ceil(problem.slots / chunk)
+            block_c = max(1, TABLE // e_pad)
+            launch(routing.count, (n_chunks,), ids, base, **first, E=n_experts, E_PAD=e_pad, CHUNK=chunk)
+            launch(
+                routing.offsets,
+                (1,),
+                ids,
+                schedule,
+                base,
+                n_chunks,
+                **after,
+                E=n_experts,
+                E_PAD=e_pad,
+                BLOCK_C=block_c,
+                BLOCK_M=block_m,
+                num_warps=8,
+            )
+            programs = max(n_chunks, math.ceil(max_tiles / tiles_each))
+            launch(
+                routing.scatter,
+                (programs,),
+                ids,
+                schedule,
+                base,
+                n_chunks,
+                **after,
+                E=n_experts,
+                E_PAD=e_pad,
+                CHUNK=chunk,
+                TILES=tiles_each,
+                BLOCK_M=block_m,
+            )
+    return Routed(ids, schedule, max_tiles)
