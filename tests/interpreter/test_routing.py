@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fusedmoe import backends
+from fusedmoe.backends import routes
 from fusedmoe.backends.workspace import Workspace
 from fusedmoe.checks import check
 from fusedmoe.plan.planner import choose
@@ -17,6 +18,14 @@ from fusedmoe.testing.cases import Case
 
 if not settings().interpret:
     pytest.skip("needs TRITON_INTERPRET=1", allow_module_level=True)
+
+
+@pytest.mark.parametrize("ids", ["uniform", "any", "one", "invalid", "absent"])
+@pytest.mark.parametrize("shape", [(1100, 2, 6), (700, 2, 11)])
+def test_several_programs_place_the_chunks_in_several_steps(shape, ids, monkeypatch):
+    monkeypatch.setattr(routes, "TABLE", 32)
+    monkeypatch.setattr(routes, "PLACERS", 3)
+    test_schedule(shape, ids)
 
 
 @pytest.mark.parametrize("ids", ["uniform", "any", "one", "invalid", "absent"])

@@ -18,8 +18,11 @@ from fusedmoe.spec.problem import Problem
 
 #: Most slots that one launch of one program routes.
 ONE_CHUNK = 1024
-#: Slots that one program sorts otherwise: up to 32768 slots, and above.
+#: Slots that one program sorts otherwise: up to MANY slots, and above.
 CHUNKS = (256, 1024)
+MANY = 1 << 18
+#: Programs that share the chunks when their rows are placed.
+PLACERS = 32
 #: Entries of the tile table that one program writes.
 TILES = 64
 #: Elements of the (chunk, expert) table that ``offsets`` holds at once, and of the one in ``_write_tiles``.
@@ -40,8 +43,8 @@ def _max_tiles(problem: Problem, block_m: int) -> int:
 
 
 def _chunk(slots: int) -> int:
-    """Slots that one program sorts: a small sort is fast, many chunks make the one program of ``offsets`` slow."""
-    return CHUNKS[0] if slots <= 32768 else CHUNKS[1]
+    """Slots that one program sorts: a small sort is fast, but every program of ``offsets`` adds up all chunks."""
+    return CHUNKS[0] if slots <= MANY else CHUNKS[1]
 
 
 def layout(problem: Problem) -> Layout:
@@ -57,7 +60,8 @@ def layout(problem: Problem) -> Layout:
         "n_tiles": ((1,), torch.int32),
     }
     if slots > ONE_CHUNK:
-        named["base"] = ((math.ceil(slots / min(CHUNKS)), problem.experts), torch.int32)
+        for name in ("counts", "base"):
+            named[name] = ((math.ceil(slots / min(CHUNKS)), problem.experts), torch.int32)
     return named
 
 
@@ -104,18 +108,21 @@ def sort(call: Call, block_m: int, work: Workspace, first: dict[str, Any], after
                 num_warps=8,
             )
         else:
-            base = work["base"]
+            counts, base = work["counts"], work["base"]
             chunk = _chunk(problem.slots)
             n_chunks = math.ceil(problem.slots / chunk)
             block_c = max(1, TABLE // e_pad)
-            launch(routing.count, (n_chunks,), ids, base, **first, E=n_experts, E_PAD=e_pad, CHUNK=chunk)
+            own_chunks = max(block_c, math.ceil(n_chunks / PLACERS))
+            launch(routing.count, (n_chunks,), ids, counts, **first, E=n_experts, E_PAD=e_pad, CHUNK=chunk)
             launch(
                 routing.offsets,
-                (1,),
+                (math.ceil(n_chunks / own_chunks),),
                 ids,
                 schedule,
+                counts,
                 base,
                 n_chunks,
+                own_chunks,
                 **after,
                 E=n_experts,
                 E_PAD=e_pad,

@@ -3,7 +3,7 @@
 Three launches, or one when all slots fit one chunk:
 
 * ``count``:   chunk c -> how many of its slots chose each expert;
-* ``offsets``: one program; turns counts into the first row of (chunk, expert), and writes the offsets;
+* ``offsets``: turns counts into the first row of (chunk, expert), and writes the offsets;
 * ``scatter``: chunk c sorts its slots and writes them to their rows; programs also write the tiles.
 
 Invariants: (1) rows of expert e are ``offset[e] .. offset[e + 1]``, ordered by slot: no atomics, so two
@@ -58,43 +58,50 @@ def _store_offsets(schedule, total, E: tl.constexpr, E_PAD: tl.constexpr, BLOCK_
     tl.store(schedule.offset + e + 1, end, mask=e < E)
     tl.store(schedule.offset, 0)
     tl.store(schedule.n_tiles, tl.sum((total + BLOCK_M - 1) // BLOCK_M))
-    return end - total
 
 
 @triton.jit(do_not_specialize=["ids"])
-def count(ids, base, RELEASE: tl.constexpr, E: tl.constexpr, E_PAD: tl.constexpr, CHUNK: tl.constexpr):
+def count(ids, counts, RELEASE: tl.constexpr, E: tl.constexpr, E_PAD: tl.constexpr, CHUNK: tl.constexpr):
     RELEASE()
     chunk = tl.program_id(0)
     _, expert = _chunk_experts(ids, chunk, E, CHUNK)
     e = tl.arange(0, E_PAD)
-    tl.store(base + chunk.to(tl.int64) * E + e, _count_experts(expert, E, E_PAD), mask=e < E)
+    tl.store(counts + chunk.to(tl.int64) * E + e, _count_experts(expert, E, E_PAD), mask=e < E)
 
 
-@triton.jit(do_not_specialize=["ids", "n_chunks"])
+@triton.jit(do_not_specialize=["ids", "n_chunks", "own_chunks"])
 def offsets(
-    ids, schedule, base, n_chunks,
+    ids, schedule, counts, base, n_chunks, own_chunks,
     WAIT: tl.constexpr, RELEASE: tl.constexpr,
     E: tl.constexpr, E_PAD: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
+    """Grid: a program for every ``own_chunks`` chunks; each adds up all chunks, which is quick, and places its own."""
     WAIT()
     RELEASE()
+    first = tl.program_id(0) * own_chunks
     e = tl.arange(0, E_PAD)
     total = tl.zeros((E_PAD,), tl.int32)
+    before = tl.zeros((E_PAD,), tl.int32)
     for c0 in range(0, n_chunks, BLOCK_C):
         c = c0 + tl.arange(0, BLOCK_C)
-        address = base + c.to(tl.int64)[:, None] * E + e[None, :]
-        total += tl.sum(tl.load(address, mask=(c < n_chunks)[:, None] & (e < E)[None, :], other=0), 0)
-    start = _store_offsets(schedule, total, E, E_PAD, BLOCK_M)
-    for c0 in range(0, n_chunks, BLOCK_C):
+        address = counts + c.to(tl.int64)[:, None] * E + e[None, :]
+        here = tl.load(address, mask=(c < n_chunks)[:, None] & (e < E)[None, :], other=0)
+        total += tl.sum(here, 0)
+        before += tl.sum(tl.where((c < first)[:, None], here, 0), 0)
+    start = tl.cumsum(total, 0) - total + before
+    if first == 0:
+        _store_offsets(schedule, total, E, E_PAD, BLOCK_M)
+    last = tl.minimum(first + own_chunks, n_chunks)
+    for c0 in range(first, last, BLOCK_C):
         c = c0 + tl.arange(0, BLOCK_C)
-        mask = (c < n_chunks)[:, None] & (e < E)[None, :]
-        address = base + c.to(tl.int64)[:, None] * E + e[None, :]
-        here = tl.load(address, mask=mask, other=0)
+        mask = (c < last)[:, None] & (e < E)[None, :]
+        at = c.to(tl.int64)[:, None] * E + e[None, :]
+        here = tl.load(counts + at, mask=mask, other=0)
         # What a slot of chunk c adds to its place in the sorted chunk to get its row: rows of its expert
         # in earlier chunks, less the slots of smaller experts in this chunk.
         smaller = tl.cumsum(here, 1) - here
         earlier = tl.cumsum(here, 0) - here
-        tl.store(address, start[None, :] + earlier - smaller, mask=mask)
+        tl.store(base + at, start[None, :] + earlier - smaller, mask=mask)
         start += tl.sum(here, 0)
 
 
