@@ -54,20 +54,21 @@ def why_portable(problem: Problem, target: Target) -> str | None:
 
     A tile of 128 rows needs rows. Scales that are applied step by step stall the portable kernel, so that tiles which
     are hardly filled pay too, but where its own are of 64 rows. Weights of 16 bits gain least: from the long sums of
-    wide layers nothing is left to hide.
+    wide layers nothing is left to hide. Gate and up side by side change places in their epilogue.
     """
     mean = problem.mean_rows
     long = problem.intermediate >= WIDE_INTERMEDIATE
+    interleaved = problem.activation.gated and problem.gate_up == "interleaved"
     gemms = problem.gate_up_gemm, problem.down_gemm
     if any(gemm.grouped for gemm in gemms):
         slower = mean < BREAKS[0] or BREAKS[1] <= mean < BREAKS[2]
     elif all(bytes_of(multiply_in(gemm, target)) == 1 for gemm in gemms):
         integers = all(multiply_in(gemm, target) == "int8" for gemm in gemms)
-        slower = mean < BREAKS[2] or long and mean >= BREAKS[5] and not integers
+        slower = mean < BREAKS[2] or not integers and (interleaved or long and mean >= BREAKS[5])
     elif problem.intermediate >= GATHER_INTERMEDIATE:
         return f"the portable kernels are faster at I = {problem.intermediate} in 16 bits"
     else:
-        slower = mean < BREAKS[3] or long and mean >= BREAKS[4]
+        slower = mean < BREAKS[3] or interleaved or long and mean >= BREAKS[4]
     return f"the portable kernels are faster at {mean:.3g} rows an expert" if slower else None
 
 
