@@ -420,7 +420,8 @@ def test_arguments_of_the_readers(data):
         for name in ("experts", "intermediate"):
             arguments.pop(name, None)
         with explained():
-            checkpoint.read_router(**arguments)
+            router = checkpoint.read_router(**arguments)
+            router(data.draw(st.one_of(st.just(torch.randn(3, 32)), JUNK, st.sampled_from([torch.ones(3, 32).int()]))))
 
 
 @fuzz(300)

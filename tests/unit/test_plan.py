@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import random
 from dataclasses import replace
 
 import pytest
 
+from fusedmoe import target
 from fusedmoe.errors import UnsupportedError
 from fusedmoe.plan.config import FEW
 from fusedmoe.plan.planner import choose, support
@@ -158,3 +160,33 @@ def test_other_devices_have_no_kernels_of_hopper(target):
 def test_an_older_triton_has_no_gluon():
     old = replace(H200, gluon=False)
     assert any("Triton 3.6" in reason for reason in support(problem(tokens=8192), old)["gluon_sm90"])
+
+
+@pytest.mark.parametrize(
+    ("versions", "interpret", "reason"),
+    [
+        ({"triton": "3.4.0", "numpy": "2.3.0"}, False, "triton 3.4 is older than 3.5"),
+        ({"triton": "3.5.1", "numpy": "2.4.0"}, True, "the interpreter of triton 3.5 needs numpy below 2.4"),
+        ({"triton": "3.6.0", "numpy": "2.3.9"}, True, ""),
+        ({"triton": "3.5.1", "numpy": "2.4.0"}, False, ""),
+        ({"triton": "3.7.1", "numpy": "2.4.0"}, True, ""),
+        ({"triton": "3.10.0+git1", "numpy": "3.0"}, True, ""),
+        ({"triton": "main"}, True, ""),
+        ({}, True, ""),
+    ],
+    ids=str,
+)
+def test_versions_that_do_not_fit_are_a_reason(versions, interpret, reason, monkeypatch):
+    def version(package):
+        if package not in versions:
+            raise importlib.metadata.PackageNotFoundError(package)
+        return versions[package]
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    assert target._unfit(interpret) == reason
+    if reason:
+        here = Target("cpu", interpret=True, unfit=reason)
+        assert reason in support(problem(), here)["triton"]
+        with pytest.raises(UnsupportedError, match=reason):
+            choose(problem(), here, "triton")
+        assert choose(problem(), here).backend == "torch"
