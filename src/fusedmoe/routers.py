@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fusedmoe.errors import DeviceError, DTypeError, LayoutError, OptionError, ShapeError, explain
+from fusedmoe.spec.activation import FLOAT32_MAX
 
 
 class TopK(NamedTuple):
@@ -96,9 +97,9 @@ def sigmoid_topk(
     n_experts = router_logits.shape[1]
     _check_groups(n_experts, top_k, n_group, topk_group)
     _check_bias(correction_bias, router_logits)
-    if not isinstance(routed_scaling_factor, (int, float)):
-        do = "It is a number in the model's configuration."
-        raise OptionError(explain("routed_scaling_factor", got=repr(routed_scaling_factor), wanted="a number", do=do))
+    if not isinstance(routed_scaling_factor, (int, float)) or not abs(routed_scaling_factor) <= FLOAT32_MAX:
+        wanted, do = "a number that float32 holds", "It stands in the model's configuration."
+        raise OptionError(explain("routed_scaling_factor", got=repr(routed_scaling_factor), wanted=wanted, do=do))
     scores = router_logits.float().sigmoid()
     choice = scores if correction_bias is None else scores + correction_bias.float()
     if topk_group < n_group:
@@ -112,7 +113,7 @@ def sigmoid_topk(
     if renormalize:
         # All scores of a token may underflow to 0; its weights are then 0, not NaN.
         weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
-    return TopK(weights * routed_scaling_factor, ids)
+    return TopK(weights * float(routed_scaling_factor), ids)
 
 
 def _check(router_logits: Tensor, top_k: int) -> None:

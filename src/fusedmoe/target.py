@@ -26,6 +26,7 @@ class Target:
         interpret: Triton's interpreter stands in for a GPU.
         triton: the package triton is installed.
         gluon: and has the Gluon that the kernels of one architecture are written in.
+        unfit: why the packages that are installed cannot run the Triton kernels; "" when they can.
     """
 
     vendor: str
@@ -36,6 +37,7 @@ class Target:
     interpret: bool = False
     triton: bool = True
     gluon: bool = True
+    unfit: str = ""
 
 
 #: Devices that can be planned and compiled for without having one: a T4, A100, RTX A6000, L40S, H200, B200, MI300X.
@@ -98,14 +100,37 @@ def target_of(device: torch.device) -> Target:
         found,
         shared_bytes=min(cap, found.shared_bytes),
         triton=importlib.util.find_spec("triton") is not None,
-        gluon=_has_gluon(),
+        gluon=(_version("triton") or (0,)) >= GLUON,
+        unfit=_unfit(found.interpret),
     )
 
 
-def _has_gluon() -> bool:
-    """Triton 3.6 or newer, by its metadata: deciding imports no compiler."""
+#: Oldest Triton, and the oldest whose Gluon is that of the kernels; CONTRIBUTING.md says what was tried.
+TRITON, GLUON = (3, 5), (3, 6)
+#: Its interpreter learnt about the numpy that came with this version in that of Triton.
+NUMPY, LEARNT = (2, 4), (3, 7)
+#: The first whose interpreter does not run ``(n < N) & present`` as a mask.
+FORGOT = (3, 9)
+
+
+def _version(package: str) -> tuple[int, ...] | None:
+    """Major and minor version by its metadata, as deciding imports no compiler; None where that does not say."""
     try:
-        major, minor = importlib.metadata.version("triton").split(".")[:2]
+        words = importlib.metadata.version(package).split(".")[:2]
     except importlib.metadata.PackageNotFoundError:
-        return False
-    return (int(major), int(minor)) >= (3, 6)
+        return None
+    return tuple(int(word) for word in words) if all(word.isdecimal() for word in words) else None
+
+
+def _unfit(interpret: bool) -> str:
+    triton, numpy = _version("triton"), _version("numpy")
+    if triton is None:  # not installed, or a build under another name, which may be any
+        return ""
+    said = ".".join(map(str, triton))
+    if triton < TRITON:
+        return f"triton {said} is older than {'.'.join(map(str, TRITON))}"
+    if interpret and triton < LEARNT and numpy is not None and numpy >= NUMPY:
+        return f"the interpreter of triton {said} needs numpy below {'.'.join(map(str, NUMPY))}"
+    if interpret and triton >= FORGOT:
+        return f"the interpreter of triton {said} makes integers of conditions, and then refuses them as masks"
+    return ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from fusedmoe.plan.planner import choose, support
 from fusedmoe.plan.validity import shared_bytes
 from fusedmoe.schemes import SCHEMES, format_of
 from fusedmoe.settings import settings
-from fusedmoe.target import KNOWN, Target
+from fusedmoe.target import KNOWN, Target, target_of
 from fusedmoe.testing import codegen
 from fusedmoe.testing.cases import storage_of
 from fusedmoe.testing.codegen import Compiled, compiling_for
@@ -313,3 +314,22 @@ def test_tokens_do_not_make_variants(monkeypatch):
         seen[tokens] = [kernel.asm["cubin"] for kernel in compiled]
     first = seen[129]
     assert all(math.prod(a == b for a, b in zip(first, s, strict=True)) for s in seen.values())
+
+
+@pytest.mark.parametrize(
+    "form", [None, *(format_of(s) for s in ("fp8_block", "fp8_channel", "int8_w8a8", "int4_w4a16", "mxfp4"))], ids=str
+)
+def test_a_batch_invariant_layer_multiplies_alike_for_every_number_of_tokens(form, monkeypatch):
+    """One kind of product, of the same number of columns, in every tile; and none of the tiles it borrows spills."""
+    kinds: set[tuple[frozenset[str], ...]] = set()
+    chosen = "auto" if target_of(torch.device("cpu")).gluon else "triton"
+    for tokens, intermediate in ((1, 768), (32, 768), (512, 768), (512, 384), (4096, 768), (32768, 768)):
+        shape = (tokens, 8, 128, 2048, intermediate)
+        _, _, compiled = compile_layer(
+            "sm_90", shape, torch.bfloat16, monkeypatch, form=form, chosen=chosen, batch_invariant=True
+        )
+        gemms = [kernel for kernel in compiled if kernel.name.startswith("grouped_gemm")]
+        assert [kernel.name for kernel in compiled if kernel.stack_bytes] == []
+        kinds.add(tuple(frozenset(re.findall(r"\b([HQI]G?MMA)\.\d+x\d+x(\d+)", kernel.sass())) for kernel in gemms))
+    assert len(kinds) == 1
+    assert all(len(kind) == 1 for kind in next(iter(kinds)))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import os
 import sys
 
 import pytest
@@ -14,6 +16,7 @@ pytest.importorskip("rich")
 from typer.testing import CliRunner
 
 from fusedmoe import bench as benchmark, cli, functional, selftest
+from fusedmoe.atomic import replacing
 from fusedmoe.bench import SHAPES, format_for
 from fusedmoe.cli import environment, explanation, run as running
 from fusedmoe.cli.app import app
@@ -369,3 +372,28 @@ def test_without_typer_or_rich_the_extra_is_named(monkeypatch, capsys, package):
     assert cli.main() == 2
     said = capsys.readouterr().err
     assert f"no package {package}" in said and 'pip install "fusedmoe[cli]"' in said
+
+
+@pytest.mark.parametrize("option", ["--hidden", "--beside", "--shape"])
+def test_a_pipe_that_nobody_writes_to_is_refused(option, plain, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    command = ["run", plain, "--layer", 3] if option == "--hidden" else ["bench", "--tokens", 1]
+    assert "regular file" in invoke(*command, option, tmp_path / "pipe", code=2).stderr
+
+
+def test_files_are_replaced_whole(tmp_path):
+    file, link, pipe = (tmp_path / name for name in ("file.json", "link.json", "pipe"))
+    file.write_text("old")
+    link.symlink_to(file)
+    with replacing(link) as new:
+        new.write_text("new")
+        assert file.read_text() == "old" and new.suffix == ".json"
+    assert link.is_symlink() and file.read_text() == "new"
+    with contextlib.suppress(RuntimeError), replacing(file) as new:
+        new.write_text("half")
+        raise RuntimeError
+    assert file.read_text() == "new"
+    os.mkfifo(pipe)
+    with replacing(pipe) as new:
+        assert new == pipe
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["file.json", "link.json", "pipe"]

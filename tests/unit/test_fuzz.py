@@ -420,7 +420,8 @@ def test_arguments_of_the_readers(data):
         for name in ("experts", "intermediate"):
             arguments.pop(name, None)
         with explained():
-            checkpoint.read_router(**arguments)
+            router = checkpoint.read_router(**arguments)
+            router(data.draw(st.one_of(st.just(torch.randn(3, 32)), JUNK, st.sampled_from([torch.ones(3, 32).int()]))))
 
 
 @fuzz(300)
@@ -497,3 +498,63 @@ def test_links_out_of_the_directory(name, to):
         if name != "generation_config.json":
             with pytest.raises(CheckpointError):
                 checkpoint.read_experts(path, 0)
+
+
+# --- the command line -------------------------------------------------------------------------------------------------
+
+WORDS = st.one_of(
+    st.text(max_size=8),
+    st.integers(-5, 5000).map(str),
+    st.sampled_from(["8,2,64,96", "0,0,0,0", "1,2,3", "../secret.txt", "/dev/zero", "{pipe}", "{checkpoint}", "{out}"]),
+    st.sampled_from(
+        [*fusedmoe.SCHEMES, "none", "bfloat16", "fp32", "sm_90", "cpu", "torch", "triton", "128x128", "KN"]
+    ),
+)
+OPTIONS = {
+    "explain": [
+        "shape",
+        "experts",
+        "top-k",
+        "hidden",
+        "tokens",
+        "dtype",
+        "activation",
+        "weight-layout",
+        "scheme",
+        "arch",
+    ],
+    "run": ["layer", "hidden", "text", "tokens", "dtype", "device", "backend", "output"],
+    "quantize": ["scheme", "group", "block", "device"],
+    "bench": ["shape", "tokens", "dtype", "scheme", "backend", "routing", "peer", "beside"],
+}
+
+
+@fuzz(40)
+@hypothesis.given(st.data())
+def test_command_line(data):
+    runner, app = pytest.importorskip("typer.testing").CliRunner(), pytest.importorskip("fusedmoe.cli.app").app
+    command = data.draw(st.sampled_from(sorted(OPTIONS)))
+    words = {name: data.draw(WORDS) for name in data.draw(st.sets(st.sampled_from(OPTIONS[command]), max_size=3))}
+    if command in ("explain", "bench"):
+        words.setdefault("shape", "4,2,64,32")
+    if command == "bench":
+        words |= {"tokens": "1"} if words.get("tokens", "1").isdecimal() else {}
+    if command == "quantize":
+        words.setdefault("scheme", "fp8_block")
+    with directory() as path:
+        os.mkfifo(path.parent / "pipe")
+        there = {"{pipe}": path.parent / "pipe", "{checkpoint}": path, "{out}": path.parent / "out.safetensors"}
+        positional = {"run": [path], "quantize": [path, path.parent / "target"]}.get(command, [])
+        options = [part for name, word in words.items() for part in (f"--{name}", str(there.get(word, word)))]
+        here, own = Path.cwd(), path.parent / "own"  # where names without a directory lead to
+        own.mkdir()
+        os.chdir(own)
+        try:
+            result = runner.invoke(app, [command, *map(str, positional), *options])
+        finally:
+            os.chdir(here)
+        assert result.exception is None or isinstance(result.exception, SystemExit), result.exc_info
+        assert result.exit_code in (0, 2), result.output
+        left = {one.name for one in path.parent.iterdir()} - {"secret.txt", "model", "pipe", "own"}
+        assert left <= {"target", "out.safetensors"}
+        assert not left or result.exit_code == 0 or words.get("output") == "{out}"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import random
 from dataclasses import replace
 
 import pytest
 
+from fusedmoe import target
 from fusedmoe.errors import UnsupportedError
 from fusedmoe.plan.config import FEW
 from fusedmoe.plan.planner import choose, support
@@ -198,3 +200,35 @@ def test_experts_of_other_ranks_take_no_rows(tokens, form):
         assert choose(mapped, H200).backend == choose(alone, H200).backend
         assert choose(mapped, H200).triton == choose(alone, H200).triton
     assert problem(experts=64, known_experts=10).mean_rows == problem(experts=64).mean_rows, "a map to copies"
+
+
+@pytest.mark.parametrize(
+    ("versions", "interpret", "reason"),
+    [
+        ({"triton": "3.4.0", "numpy": "2.3.0"}, False, "triton 3.4 is older than 3.5"),
+        ({"triton": "3.5.1", "numpy": "2.4.0"}, True, "the interpreter of triton 3.5 needs numpy below 2.4"),
+        ({"triton": "3.6.0", "numpy": "2.3.9"}, True, ""),
+        ({"triton": "3.5.1", "numpy": "2.4.0"}, False, ""),
+        ({"triton": "3.7.1", "numpy": "2.4.0"}, True, ""),
+        ({"triton": "3.9.0", "numpy": "2.4"}, True, "the interpreter of triton 3.9 makes integers of conditions"),
+        ({"triton": "3.10.0+git1", "numpy": "3.0"}, False, ""),
+        ({"triton": "main"}, True, ""),
+        ({}, True, ""),
+    ],
+    ids=str,
+)
+def test_versions_that_do_not_fit_are_a_reason(versions, interpret, reason, monkeypatch):
+    def version(package):
+        if package not in versions:
+            raise importlib.metadata.PackageNotFoundError(package)
+        return versions[package]
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    assert target._unfit(interpret).startswith(reason)
+    assert bool(target._unfit(interpret)) == bool(reason)
+    if reason:
+        here = Target("cpu", interpret=True, unfit=reason)
+        assert reason in support(problem(), here)["triton"]
+        with pytest.raises(UnsupportedError, match=reason):
+            choose(problem(), here, "triton")
+        assert choose(problem(), here).backend == "torch"

@@ -202,6 +202,8 @@ def test_errors_of_every_router(router, z, top_k, error, match):
         ({"correction_bias": torch.zeros(7)}, ShapeError, r"got \(7,\); wanted \[E\] = \(8,\)"),
         ({"correction_bias": torch.zeros(1, 8)}, ShapeError, r"correction_bias"),
         ({"correction_bias": torch.zeros(8, dtype=torch.int32)}, DTypeError, r"correction_bias: got torch.int32"),
+        ({"routed_scaling_factor": "2"}, OptionError, r"routed_scaling_factor: got '2'; wanted a number"),
+        ({"routed_scaling_factor": 2**130}, OptionError, r"routed_scaling_factor: .* that float32 holds"),
         ({"correction_bias": [0.0] * 8}, DTypeError, r"correction_bias: got list"),
         ({"correction_bias": torch.zeros(8, device="meta")}, DeviceError, r"correction_bias: got meta; wanted cpu"),
     ],

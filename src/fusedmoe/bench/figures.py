@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fusedmoe.errors import OptionError, explain
+from fusedmoe.checkpoint.files import json_object
+from fusedmoe.errors import CheckpointError, OptionError, explain
 from fusedmoe.schemes import format_of
 
 
@@ -31,11 +31,11 @@ def read_peer(path: str | os.PathLike[str]) -> Peer:
         OptionError: it cannot be read, or has another form.
     """
     try:
-        data: Any = json.loads(Path(path).read_text(encoding="utf-8"))
+        data: Any = json_object(Path(path))
         us = {(str(s), int(t)): float(v) for s, row in data["us"].items() for t, v in row.items()}
         scheme = None if data["scheme"] is None else format_of(str(data["scheme"])).scheme
         return Peer(**{key: str(data[key]) for key in ("name", "device", "dtype", "source")}, scheme=scheme, us=us)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as cause:
+    except (CheckpointError, ValueError, KeyError, TypeError, AttributeError) as cause:
         raise OptionError(
             explain(
                 f"figures of a peer in {os.fspath(path)}",

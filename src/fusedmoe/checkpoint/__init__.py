@@ -70,10 +70,15 @@ class Router(RoutingRule):
 
         Raises:
             ShapeError: the last dimension is not H.
+            DTypeError: hidden_states are no tensor of floating-point numbers.
         """
         from fusedmoe import routers
 
         hidden = self.weight.shape[1]
+        if not isinstance(hidden_states, torch.Tensor) or not hidden_states.is_floating_point():
+            got = hidden_states.dtype if isinstance(hidden_states, torch.Tensor) else type(hidden_states).__name__
+            do = "Pass what comes before the experts in the model."
+            raise DTypeError(explain("hidden_states of the router", got=got, wanted="floating point", do=do))
         if hidden_states.shape[-1:] != (hidden,):
             raise ShapeError(
                 explain(

@@ -10,7 +10,7 @@ import torch
 
 from fusedmoe.checkpoint.files import CONVERT_AGAIN, error
 from fusedmoe.errors import OptionError
-from fusedmoe.spec.activation import Activation
+from fusedmoe.spec.activation import FLOAT32_MAX, Activation
 
 #: config.hidden_act -> activation; the tanh names are one function in exact arithmetic.
 _ACTIVATIONS = {
@@ -170,7 +170,7 @@ def rule_of(config: dict[str, Any]) -> RoutingRule:
         raise error("top-k in config.json", got="none", wanted=f"an integer {TOP_K[0]}", do=_ROUTE)
     said = {key: config[key] for key in family.needs if config[key] is not None}
     factor = said.get("routed_scaling_factor", 1.0)
-    if not isinstance(factor, (int, float)):
+    if not isinstance(factor, (int, float)) or not abs(factor) <= FLOAT32_MAX:
         raise error("routed_scaling_factor in config.json", got=repr(factor), wanted="a number", do=_ROUTE)
     return RoutingRule(
         kind=family.kind,

@@ -174,6 +174,8 @@ def _from_file(path: Path, width: int) -> Tensor:
     from safetensors import SafetensorError, safe_open
 
     wanted, do = 'a safetensors file with a tensor "hidden_states"', "Write it with safetensors.torch.save_file."
+    if path.exists() and not path.is_file():  # a pipe would wait for ever
+        raise OptionError(explain(f"--hidden {path}", got="no regular file", wanted=wanted, do=do))
     try:
         with safe_open(path, framework="pt") as file:
             names = list(file.keys())

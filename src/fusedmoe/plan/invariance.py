@@ -16,11 +16,13 @@ from typing import NamedTuple
 from fusedmoe.plan.arithmetic import bytes_of, multiply_in
 from fusedmoe.plan.config import FEW, KernelConfig, TritonPlan
 from fusedmoe.plan.heuristics import TALL_ROWS, requantise
-from fusedmoe.plan.validity import why_not
+from fusedmoe.plan.validity import why_not, wide
 from fusedmoe.spec.problem import Gemm, Problem
 from fusedmoe.target import Target
 
 HEIGHTS = (16, 32, 64, 128)
+#: Sums of a thread from which on a tile that has grown is shared by 8 warps: twice as many, and scales, spill.
+SUMS = 64
 #: What a tile may take from another one to add up alike.
 BORROWED = ("block_k", "block_n", "warps", "swap", "words")
 
@@ -60,8 +62,8 @@ def _unit(config: KernelConfig, gemm: Gemm, problem: Problem, target: Target) ->
     if multiply_in(gemm, target) == "float32" and problem.fp32_precision == "ieee":
         return ("fma",)
     left = columns if config.swap else config.block_m
-    wide = target.capability // 10 in (9, 10) and left % 64 == 0 and config.warps % 4 == 0
-    return ("warp group",) if wide or config.specialised else ("warp",)
+    groups = target.capability // 10 in (9, 10) and left % 64 == 0 and config.warps % 4 == 0
+    return ("warp group",) if groups or config.specialised else ("warp",)
 
 
 def anchor_tokens(problem: Problem) -> int:
@@ -101,6 +103,8 @@ def _tiles(
             tile = replace(own, block_m=block_m, **{name: getattr(other, name) for name in names})
             if tile.words:  # which are loaded by pointer
                 tile = replace(tile, maps="none", programs_per_sm=0, flatten=False)
+            if tile != own and block_m * wide(tile, gemm) > SUMS * 32 * tile.warps:
+                tile = replace(tile, warps=8)
             if arithmetic_of(tile, gemm, problem, target) != wanted:
                 continue
             deep = min(8, tile.stages * max(1, own.block_k // tile.block_k))  # as many bytes on their way as it had

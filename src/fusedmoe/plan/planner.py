@@ -39,6 +39,8 @@ def _triton(problem: Problem, target: Target) -> list[str]:
     reasons = []
     if not target.triton:
         reasons.append("the package triton is not installed")
+    if target.unfit:
+        reasons.append(target.unfit)
     if target.vendor == "cpu" and not target.interpret:
         reasons.append("Triton has no CPU target (TRITON_INTERPRET=1 runs it in its interpreter, for tests)")
     if target.vendor == "nvidia" and target.capability < 75:
