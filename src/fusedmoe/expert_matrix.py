@@ -265,7 +265,9 @@ def _tensor(name: str, value: Any, shape: str) -> None:
                 do="Pass one.",
             )
         )
-    if value.layout != torch.strided or value.is_nested or value.is_neg():
+    # A compiler knows of no view that negates; the operator that it makes of a layer looks again.
+    negated = not torch.compiler.is_compiling() and value.is_neg()
+    if value.layout != torch.strided or value.is_nested or negated:
         got = value.layout if value.layout != torch.strided else "a nested tensor, or a view that negates"
         do = "Make it dense: tensor.to_dense(), tensor.resolve_neg()."
         raise LayoutError(explain(f"{name} of an expert matrix", got=got, wanted="numbers as they lie", do=do))

@@ -86,7 +86,7 @@ def _fp8(experts: Any) -> Gate | None:
 
 
 #: Qualified name of a gate of Transformers -> what it computes, given the module. Each row is tested against the gate.
-GATES: dict[str, Callable[[Any], Gate | None]] = {
+GATES: dict[str | None, Callable[[Any], Gate | None]] = {
     "_default_apply_gate": _default,
     "BeamExperts._apply_gate": _default,
     "DeepseekV4Experts._apply_gate": lambda m: _clamped(m.act_fn, m.limit),
@@ -100,18 +100,26 @@ GATES: dict[str, Callable[[Any], Gate | None]] = {
 }
 
 
-# A compiler asks once: Dynamo reads the qualified name of a function wrong (torch 2.13), and nothing here can change.
+# A compiler asks once: Dynamo reads the qualified name of a function wrong (torch 2.13). What it asks with has to be a
+# constant, which a class is, and a module is not (torch 2.11).
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def gate_of(experts: nn.Module) -> Gate | None:
+def _gate_of_class(kind: Any) -> str | None:
+    return _name_of_gate(kind._apply_gate)
+
+
+def _name_of_gate(function: Any) -> str | None:
+    """Qualified name of a gate, if Transformers wrote it."""
+    function = getattr(function, "__func__", function)
+    return function.__qualname__ if function.__module__.startswith("transformers.") else None
+
+
+def gate_of(experts: Any) -> Gate | None:
     """What an experts module does between its two matrices; None where that is not known, so that it must do it."""
     if not getattr(experts, "has_gate", True):
         name = _name(experts.act_fn)
         return None if name is None else Gate(Activation(f"{name}_no_mul"))
-    bound: Any = experts._apply_gate
-    function = getattr(bound, "__func__", bound)
-    if not function.__module__.startswith("transformers."):
-        return None
-    known = GATES.get(function.__qualname__)
+    own = experts.__dict__.get("_apply_gate")
+    known = GATES.get(_gate_of_class(type(experts)) if own is None else _name_of_gate(own))
     return None if known is None else known(experts)
 
 
