@@ -47,7 +47,7 @@ def again(arguments: tuple[object, ...], options: tuple[object, ...]) -> tuple[o
             else:
                 facts.append(True)
                 tensors.append(value)  # type: ignore[arg-type]
-        key = (options, *map(type, options), torch.is_grad_enabled(), *facts, *map(alike, tensors))
+        key = (options, *map(type, options), settings(), torch.is_grad_enabled(), *facts, *map(alike, tensors))
         found = call_for(key)
     except (AttributeError, NotImplementedError, RuntimeError, TypeError):
         return None, None  # what is wrong with it, the check will say

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fusedmoe import quantize
+from fusedmoe import experts, quantize
 from fusedmoe.backends import launch as launches
 from fusedmoe.backends.launch import Tape, alike, call_for, keep_call
 from fusedmoe.experts import again
+from fusedmoe.settings import Settings
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +47,7 @@ def test_calls_alike_have_one_key():
         {"b2": torch.empty(4, 96, device="meta")},
         {"weights": torch.empty(3, 2, device="meta")._neg_view()},
     ],
-    ids=lambda other: next(iter(other)),
+    ids=lambda other: f"{next(iter(other))}",
 )
 def test_what_a_check_could_see_is_in_the_key(other):
     assert key(**other) not in (None, key())
@@ -59,6 +60,12 @@ def test_options_and_grad_mode_are_in_the_key():
     assert quiet != key()
 
 
+def test_settings_are_in_the_key(monkeypatch):
+    before = key()
+    monkeypatch.setattr(experts, "settings", lambda: Settings(backend="torch"))
+    assert key() != before
+
+
 def test_quantised_and_plain_experts_differ():
     w13, w2 = torch.randn(4, 96, 64), torch.randn(4, 64, 48)
     fp8 = quantize(w13, "fp8_channel", parts=2), quantize(w2, "fp8_channel")
@@ -68,8 +75,8 @@ def test_quantised_and_plain_experts_differ():
 
 @pytest.mark.parametrize(
     "other",
-    [{"x": None}, {"x": "text"}, {"w13": [1.0]}, {"ids": torch.empty(3, 2).to_sparse()}],
-    ids=str,
+    [{"x": None}, {"x": "text"}, {"w13": [1.0]}, {"ids": torch.ones(3, 2).to_sparse()}],
+    ids=["none", "text", "list", "sparse"],
 )
 def test_what_is_no_tensor_is_left_to_the_check(other):
     assert again(arguments(**other), ("silu",)) == (None, None)
