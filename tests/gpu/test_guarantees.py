@@ -60,10 +60,11 @@ def test_the_declared_workspace_is_all_the_memory(scheme, shape, backend):
     out = fusedmoe.fused_experts(*arguments, **options)  # compiles
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
+    # What was asked for: what the allocator hands out depends on the blocks that it has at hand.
+    before = torch.cuda.memory_stats()["requested_bytes.all.current"]
     fusedmoe.fused_experts(*arguments, **options)
-    peak = torch.cuda.max_memory_allocated() - before
-    assert peak <= n_bytes + out.nbytes + 2 * 512  # the allocator's unit, of each
+    peak = torch.cuda.memory_stats()["requested_bytes.all.peak"] - before
+    assert out.nbytes < peak <= n_bytes + out.nbytes
     workspace = torch.empty(n_bytes, dtype=torch.uint8, device="cuda")
     count = allocations()
     fusedmoe.fused_experts(*arguments, out=out, workspace=workspace, **options)
@@ -79,10 +80,10 @@ def test_a_capture_allocates_what_is_declared(scheme, backend):
     fusedmoe.fused_experts(*arguments, out=out, workspace=workspace, **options)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    count = allocations()
     with torch.cuda.graph(graph):
+        count = allocations()  # in here: the first capture of a process has two of its own
         fusedmoe.fused_experts(*arguments, out=out, workspace=workspace, **options)
-    assert allocations() == count
+        assert allocations() == count
     for kind in ("one", "invalid", "absent"):
         other, _ = replace(case, ids=kind).draw("cuda", seed=3)
         for index in (0, 3, 4):

@@ -5,13 +5,14 @@ each. But which variants, with which grids and numbers, depends only on the shap
 call, never on what its tensors hold. So the launches of a call are kept (:class:`Tape`), and a call that is like it in
 all of these is made of the same ones with other addresses, which costs a few microseconds each.
 
-What a tape cannot know, it refuses: it is spoilt, and calls like it go the long way, when a kernel takes a tensor map
-(which holds an address of its own), when an operator of torch other than a view takes part, when a kernel reads from a
-tensor that is not the call's, or lies in two of them, or when there is no compiled kernel, as in the interpreter.
+What a tape cannot know, it refuses: it is spoilt, and calls like it go the long way, when an operator of torch other
+than a view takes part, when a kernel reads from a tensor that is not the call's, or lies in two of them, or when there
+is no compiled kernel, as in the interpreter.
 """
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -117,8 +118,10 @@ class Tape:
     def _without_tensors(self, value: Any) -> Any:
         if isinstance(value, torch.Tensor):
             return self._address_of(value)
-        if hasattr(value, "block_shape"):  # a tensor map, of Triton or of Gluon
-            raise _UnknownError
+        if hasattr(value, "block_shape"):  # a tensor map, of Triton or of Gluon, which its launch makes of the address
+            value = copy.copy(value)
+            value.base = self._address_of(value.base)
+            return value
         if isinstance(value, tuple):
             parts = [self._without_tensors(part) for part in value]
             return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
