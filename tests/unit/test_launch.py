@@ -89,14 +89,26 @@ def test_what_no_tape_can_know_spoils_it(sources, read):
     assert tape.spoilt and not tape.whole
 
 
-def test_tensor_maps_and_interpreted_kernels_spoil_it():
+def test_a_tensor_map_is_made_of_the_address_of_the_replay():
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    a = torch.zeros(64, 64)
-    tape = Tape()
-    with tape.record([a], 0):
-        launch(Kernel(), (1,), TensorDescriptor(a, [64, 64], [64, 1], [16, 16]), a, 1, BLOCK=1)
-    assert tape.spoilt
+    a, b, c, d = (torch.zeros(64, 64) for _ in range(4))
+    kernel, tape = Kernel(), Tape()
+    given = TensorDescriptor(a[16:], [48, 64], [64, 1], [16, 16])
+    with tape.record([a, b], 0):
+        launch(kernel, (1,), given, b, 1, BLOCK=1)
+    assert tape.whole and given.base is not None
+    for tensors in ((c, d), (b, a)):
+        kernel.launched.clear()
+        tape.replay(tensors)
+        ((_, map_, out, *_),) = kernel.launched
+        assert (map_.base.data_ptr(), out) == (tensors[0].data_ptr() + 16 * 64 * 4, tensors[1].data_ptr())
+        assert (map_.shape, map_.strides, map_.block_shape) == (given.shape, given.strides, given.block_shape)
+    assert given.base.data_ptr() == a.data_ptr() + 16 * 64 * 4  # the caller's is its own
+
+
+def test_interpreted_kernels_spoil_it():
+    a = torch.zeros(64)
     tape = Tape()
     record(tape, [a], a, kernel=Kernel(compiled=False))
     assert tape.spoilt
