@@ -205,7 +205,8 @@ def _ideal(problem: Problem, target: Target, block_m: int, gemm: Gemm, *, few: b
             return KernelConfig(block_m=32, block_n=128, block_k=128, warps=4, stages=4)
         return KernelConfig(block_m=32, block_n=256, block_k=64, warps=4, stages=4)
     if block_m == 64:
-        return KernelConfig(block_m=64, block_n=128 // half, block_k=64, warps=4, stages=4)
+        few_programs = _programs(problem, gemm, 128 // half) < 2 * target.n_sm  # nobody else hides their waits
+        return KernelConfig(block_m=64, block_n=128 // half, block_k=128 if few_programs else 64, warps=4, stages=4)
     if target.vendor == "nvidia" and target.capability < 90:
         # mma.sync keeps its operands in registers beside the accumulators; WGMMA reads them from shared memory.
         return KernelConfig(block_m=128, block_n=128 // half, block_k=64, warps=8, stages=3, group_m=8)
