@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from fusedmoe import reference as reference
     from fusedmoe.errors import (
+        CaptureError as CaptureError,
         CheckpointError as CheckpointError,
         DeviceError as DeviceError,
         DTypeError as DTypeError,
@@ -37,11 +38,13 @@ if TYPE_CHECKING:
     )
     from fusedmoe.schemes import SCHEMES as SCHEMES
     from fusedmoe.spec.activation import Activation as Activation
+    from fusedmoe.warming import Warmup as Warmup, warmup as warmup
 
 __version__ = "0.1.0.dev0"
 
 _WHERE = {
     "Activation": "fusedmoe.spec.activation",
+    "CaptureError": "fusedmoe.errors",
     "CheckpointError": "fusedmoe.errors",
     "DTypeError": "fusedmoe.errors",
     "DeviceError": "fusedmoe.errors",
@@ -57,6 +60,7 @@ _WHERE = {
     "ShapeError": "fusedmoe.errors",
     "TopK": "fusedmoe.routers",
     "UnsupportedError": "fusedmoe.errors",
+    "Warmup": "fusedmoe.warming",
     "WorkspaceError": "fusedmoe.errors",
     "expert_linear": "fusedmoe.linear",
     "fused_experts": "fusedmoe.functional",
@@ -65,6 +69,7 @@ _WHERE = {
     "sigmoid_topk": "fusedmoe.routers",
     "softmax_topk": "fusedmoe.routers",
     "topk_softmax": "fusedmoe.routers",
+    "warmup": "fusedmoe.warming",
     "workspace_bytes": "fusedmoe.functional",
 }
 

@@ -35,6 +35,10 @@ class WorkspaceError(FusedMoEError, ValueError):
     """The caller's workspace is too small, misaligned, or of the wrong type."""
 
 
+class CaptureError(FusedMoEError, RuntimeError):
+    """A CUDA graph is being captured, and a kernel of the layer is not compiled and loaded yet."""
+
+
 class GradientError(FusedMoEError, RuntimeError):
     """A gradient was asked for; the layer computes none and refuses to detach silently."""
 

@@ -12,7 +12,7 @@ import torch
 
 from fusedmoe import backends
 from fusedmoe.backends.base import Backend
-from fusedmoe.backends.launch import Tape, alike, call_for, keep_call, tape_for
+from fusedmoe.backends.launch import Tape, alike, call_for, keep_call, launching, tape_for
 from fusedmoe.backends.workspace import Workspace, layout_bytes
 from fusedmoe.call import Call
 from fusedmoe.errors import OptionError, UnsupportedError, WorkspaceError, explain
@@ -35,7 +35,7 @@ def again(arguments: tuple[object, ...], options: tuple[object, ...]) -> tuple[o
     tensors: list[torch.Tensor] = []
     facts: list[object] = []
     try:
-        if arguments[0].device.type == "cpu":  # type: ignore[attr-defined]
+        if arguments[0].device.type == "cpu" or not launching():  # type: ignore[attr-defined]
             return None, None
         for value in arguments:
             if isinstance(value, ExpertMatrix):
@@ -117,7 +117,7 @@ def _take(steps: Callable[..., None], call: Call, plan: Plan, out: torch.Tensor)
     """Take the steps; or, of a call like an earlier one, launch again what they launched."""
     device, tensors = out.device, (*call.inputs(), out)
     tape = None
-    if plan.triton is not None and device.type != "cpu":
+    if plan.triton is not None and device.type != "cpu" and launching():
         tape = tape_for((steps, call.problem, plan), (*tensors, *call.workspaces()))
     if tape is not None and tape.whole:
         tape.replay((*tensors, *(call.workspaces() or (torch.empty(tape.n_bytes, dtype=torch.uint8, device=device),))))

@@ -13,6 +13,7 @@ is no compiled kernel, as in the interpreter.
 from __future__ import annotations
 
 import copy
+import importlib
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -21,6 +22,8 @@ from typing import Any, TypeVar
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from fusedmoe.errors import CaptureError, explain
 
 #: Tapes that a thread keeps; the least recently used goes first.
 KEPT = 256
@@ -36,6 +39,7 @@ class _Local(threading.local):
         self.tapes: OrderedDict[Any, Tape] = OrderedDict()
         self.calls: OrderedDict[Any, tuple[Tape, torch.dtype]] = OrderedDict()
         self.recording: Tape | None = None
+        self.variants: list[Any] | None = None  # met while launches are left out
 
 
 _LOCAL = _Local()
@@ -182,6 +186,21 @@ def alike(tensor: torch.Tensor) -> tuple[object, ...]:
     )  # fmt: skip
 
 
+@contextmanager
+def only_compiling() -> Iterator[list[Any]]:
+    """Within, this thread compiles and loads what it would launch, and launches nothing; yields the kernels."""
+    before, _LOCAL.variants = _LOCAL.variants, []
+    try:
+        yield _LOCAL.variants
+    finally:
+        _LOCAL.variants = before
+
+
+def launching() -> bool:
+    """Whether launches are launched; see :func:`only_compiling`."""
+    return _LOCAL.variants is None
+
+
 def call_for(key: object) -> tuple[Tape, torch.dtype] | None:
     """Tape and type of the result of a call that was checked before, if it was."""
     return _kept(_LOCAL.calls, key)
@@ -219,7 +238,54 @@ def device_guard(device: torch.device) -> AbstractContextManager[object]:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], /, *args: Any, **options: Any) -> None:
-    """Launch a kernel on the current device and stream, as ``kernel[grid](*args, **options)`` does."""
-    compiled = kernel[grid](*args, **options)
+    """Launch a kernel on the current device and stream, as ``kernel[grid](*args, **options)`` does.
+
+    Raises:
+        CaptureError: the stream is being captured, and the kernel would have to be compiled, or loaded, first.
+    """
+    if _LOCAL.variants is not None:
+        if (compiled := kernel.warmup(*args, grid=grid, **options)) is not None:
+            compiled[(*grid, 1, 1)[:3]]  # loads it
+            _LOCAL.variants.append(compiled)
+        return
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        with _nothing_compiled(kernel):
+            compiled = kernel[grid](*args, **options)
+    else:
+        compiled = kernel[grid](*args, **options)
     if _LOCAL.recording is not None:
         _LOCAL.recording.add(kernel, compiled, grid, args, options)
+
+
+_HOOK = threading.Lock()
+
+
+@contextmanager
+def _nothing_compiled(kernel: Any) -> Iterator[None]:
+    """Refuse what this thread would compile: to load it would end a capture with an error that names nobody."""
+    # By name, as whatever needs Triton here: the layer runs without it.
+    runtime = importlib.import_module("triton").knobs.runtime
+    thread = threading.get_ident()
+    refused: list[object] = []
+
+    def hook(**facts: Any) -> bool:
+        if threading.get_ident() != thread:
+            return bool(before and before(**facts))
+        refused.append(facts)
+        return True  # do not compile, and so do not launch
+
+    with _HOOK:
+        before, runtime.jit_cache_hook = runtime.jit_cache_hook, hook
+        try:
+            yield
+        finally:
+            runtime.jit_cache_hook = before
+    if refused:
+        raise CaptureError(
+            explain(
+                f"kernel {kernel.__name__}",
+                got="a stream that is being captured, and no compiled kernel for these shapes and types",
+                wanted="every kernel of a captured call compiled and loaded before",
+                do="Call fusedmoe.warmup, or run the layer once with as many tokens, before the capture.",
+            )
+        )
