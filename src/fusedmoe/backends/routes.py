@@ -13,7 +13,7 @@ from fusedmoe.backends.launch import device_guard, launch
 from fusedmoe.backends.workspace import Layout, Workspace
 from fusedmoe.call import Call
 from fusedmoe.kernels import routing
-from fusedmoe.kernels.operands import Ids, Schedule
+from fusedmoe.kernels.operands import Ids, Schedule, odd_of
 from fusedmoe.spec.problem import Problem
 
 #: Most slots that one launch of one program routes.
@@ -76,7 +76,7 @@ def ids_of(call: Call) -> Ids:
         call.n_global,
         problem.experts,
         tl.constexpr(problem.top_k),
-        problem.slots,
+        odd_of(problem.slots),
     )
 
 

@@ -19,7 +19,7 @@ from fusedmoe.backends.transit import rows_of, words
 from fusedmoe.backends.workspace import Workspace
 from fusedmoe.kernels import arrange, overlap, quantise, sends as kernels
 from fusedmoe.kernels.combine import by_id, combine
-from fusedmoe.kernels.operands import Ids, Rows
+from fusedmoe.kernels.operands import Ids, Rows, odd_of
 from fusedmoe.plan.arithmetic import multiplies
 from fusedmoe.settings import settings
 from fusedmoe.spec.format import ELEMENTS, Inputs
@@ -135,4 +135,4 @@ def pack(x: Tensor, scale: Tensor | None, weights: Tensor, sends: Sends, capacit
 def _numbers(index: Tensor, count: int) -> Ids:
     """Numbers of rows below ``count`` in the place of ids of experts."""
     top_k = tl.constexpr(index.shape[1])
-    return Ids(index, index.stride(0), index.stride(1), None, count, count, top_k, index.numel())
+    return Ids(index, index.stride(0), index.stride(1), None, count, count, top_k, odd_of(index.numel()))

@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fusedmoe.kernels.tiles import local_expert
+from fusedmoe.kernels.tiles import local_expert, n_slots
 
 
 @triton.jit
@@ -25,7 +25,7 @@ def by_id(slot, number):
     return number
 
 
-@triton.jit(do_not_specialize=["ids"])
+@triton.jit
 def combine(
     ids, y_ptr, y_stride_row, weight_ptr, weight_stride_t, weight_stride_j, out_ptr, out_stride_t, out_stride_h,
     WAIT: tl.constexpr, ROW: tl.constexpr, H: tl.constexpr, BLOCK_H: tl.constexpr,
@@ -36,7 +36,7 @@ def combine(
     total = tl.zeros((BLOCK_H,), tl.float32)
     for j in tl.static_range(ids.top_k):
         slot = token * ids.top_k + j
-        number = local_expert(ids, slot, slot < ids.slots)
+        number = local_expert(ids, slot, slot < n_slots(ids))
         present = number >= 0
         row = ROW(slot, number).to(tl.int64)
         y = tl.load(y_ptr + row * y_stride_row + h, mask=(h < H) & present, other=0.0).to(tl.float32)

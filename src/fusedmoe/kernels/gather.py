@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit(do_not_specialize=["ids"])
+@triton.jit
 def gather(
     ids, schedule, x_ptr, x_stride_t, x_stride_h, out_ptr, out_stride_row,
     WAIT: tl.constexpr, RELEASE: tl.constexpr, E: tl.constexpr, H: tl.constexpr, BLOCK_H: tl.constexpr,

@@ -30,8 +30,7 @@ def _column(k, GROUP: tl.constexpr, STRIDE: tl.constexpr):
     return k
 
 
-# The ids carry S, which changes from call to call: it must not decide which variant is compiled.
-@triton.jit(do_not_specialize=["ids"])
+@triton.jit
 def grouped_gemm(
     ids, schedule, x, w, out, e, p,  # Ids, Schedule, Rows, Weight, Output, Epilogue, Parameters
     x_desc, w_desc,  # tensor maps, or None

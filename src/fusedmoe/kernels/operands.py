@@ -20,7 +20,14 @@ class Ids(NamedTuple):
     n_global: object
     n_local: object  #   E
     top_k: object  #     constexpr
-    slots: object  #     S, never specialised on
+    odd: object  #       2 S + 1, see odd_of
+
+
+def odd_of(count: int) -> int:
+    """How a number that changes from call to call travels in a tuple: Triton compiles variants for integers there that
+    are 1, or divisible by 16, whatever ``do_not_specialize`` says, and an odd number above 1 is neither.
+    """
+    return 2 * count + 1
 
 
 class Schedule(NamedTuple):

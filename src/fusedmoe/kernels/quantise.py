@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from fusedmoe.kernels import encode
-from fusedmoe.kernels.tiles import local_expert
+from fusedmoe.kernels.tiles import local_expert, n_slots
 
 
 @triton.jit
@@ -25,13 +25,13 @@ def token(ids, schedule, row):
     live = row < 0
     for j in tl.static_range(ids.top_k):
         slot = row * ids.top_k + j
-        live = live | (local_expert(ids, slot, slot < ids.slots) >= 0)
+        live = live | (local_expert(ids, slot, slot < n_slots(ids)) >= 0)
     return live
 
 
 @triton.jit
 def slot(ids, schedule, row):
-    return local_expert(ids, row, row < ids.slots) >= 0
+    return local_expert(ids, row, row < n_slots(ids)) >= 0
 
 
 @triton.jit
@@ -53,7 +53,7 @@ def zero(ptr, WAIT: tl.constexpr, RELEASE: tl.constexpr, N: tl.constexpr):
     tl.store(ptr + tl.arange(0, N), 0.0)
 
 
-@triton.jit(do_not_specialize=["ids"])
+@triton.jit
 def amax(
     ids, schedule, x, out,
     WAIT: tl.constexpr, RELEASE: tl.constexpr, LIVE: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -70,7 +70,7 @@ def amax(
         tl.atomic_max(out.to(tl.pointer_type(tl.int32)), bits, sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["ids"])
+@triton.jit
 def quantise_rows(
     ids, schedule, x, codes, stride_row, scale, amax_ptr, static_ptr,
     WAIT: tl.constexpr, RELEASE: tl.constexpr, LIVE: tl.constexpr, ARRANGE: tl.constexpr,
@@ -102,7 +102,7 @@ def quantise_rows(
         tl.store(scale + row, s)
 
 
-@triton.jit(do_not_specialize=["ids"])
+@triton.jit
 def quantise_groups(
     ids, schedule, x, codes, stride_row, scale, stride_scale,
     WAIT: tl.constexpr, RELEASE: tl.constexpr, LIVE: tl.constexpr, ENCODE: tl.constexpr, LARGEST: tl.constexpr,

@@ -16,14 +16,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fusedmoe.kernels.tiles import local_expert
+from fusedmoe.kernels.tiles import local_expert, n_slots
 
 
 @triton.jit
 def _chunk_experts(ids, chunk, E: tl.constexpr, CHUNK: tl.constexpr):
     """Expert of each slot of a chunk; E stands for absent, so that absent slots sort last."""
     slot = chunk * CHUNK + tl.arange(0, CHUNK)
-    expert = local_expert(ids, slot, slot < ids.slots)
+    expert = local_expert(ids, slot, slot < n_slots(ids))
     return slot, tl.where(expert >= 0, expert, E)
 
 
@@ -60,7 +60,7 @@ def _store_offsets(schedule, total, E: tl.constexpr, E_PAD: tl.constexpr, BLOCK_
     tl.store(schedule.n_tiles, tl.sum((total + BLOCK_M - 1) // BLOCK_M))
 
 
-@triton.jit(do_not_specialize=["ids"])
+@triton.jit
 def count(ids, counts, RELEASE: tl.constexpr, E: tl.constexpr, E_PAD: tl.constexpr, CHUNK: tl.constexpr):
     RELEASE()
     chunk = tl.program_id(0)
@@ -69,7 +69,7 @@ def count(ids, counts, RELEASE: tl.constexpr, E: tl.constexpr, E_PAD: tl.constex
     tl.store(counts + chunk.to(tl.int64) * E + e, _count_experts(expert, E, E_PAD), mask=e < E)
 
 
-@triton.jit(do_not_specialize=["ids", "n_chunks", "own_chunks"])
+@triton.jit(do_not_specialize=["n_chunks", "own_chunks"])
 def offsets(
     ids, schedule, counts, base, n_chunks, own_chunks,
     WAIT: tl.constexpr, RELEASE: tl.constexpr,
@@ -105,7 +105,7 @@ def offsets(
         start += tl.sum(here, 0)
 
 
-@triton.jit(do_not_specialize=["ids", "n_chunks"])
+@triton.jit(do_not_specialize=["n_chunks"])
 def scatter(
     ids, schedule, base, n_chunks,
     WAIT: tl.constexpr, RELEASE: tl.constexpr,
@@ -124,7 +124,7 @@ def scatter(
     _write_tiles(schedule, program * TILES, E, E_PAD, TILES, BLOCK_M)
 
 
-@triton.jit(do_not_specialize=["ids"])
+@triton.jit
 def route_one_chunk(
     ids, schedule,
     RELEASE: tl.constexpr,

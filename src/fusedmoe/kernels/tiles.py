@@ -13,6 +13,11 @@ import triton.language as tl
 
 
 @triton.jit
+def n_slots(ids):
+    return ids.odd // 2
+
+
+@triton.jit
 def local_expert(ids, slot, mask):
     """Local expert of each slot, or -1: outside [0, n_global), unmapped, or masked."""
     token = (slot // ids.top_k).to(tl.int64)
@@ -68,9 +73,9 @@ def scheduled_locate(
 @triton.jit
 def _few_group(ids, N_BLOCKS: tl.constexpr, FEW: tl.constexpr):
     s = tl.arange(0, FEW)
-    chosen = local_expert(ids, s, s < ids.slots)
+    chosen = local_expert(ids, s, s < n_slots(ids))
     group = tl.program_id(0) // N_BLOCKS
-    by_slot = ids.n_local > ids.slots
+    by_slot = ids.n_local > n_slots(ids)
     expert = tl.where(by_slot, tl.sum(tl.where(s == group, chosen, 0)), group)
     match = (chosen == expert) & (expert >= 0)
     earlier = tl.sum((match & (s < group)).to(tl.int32))
