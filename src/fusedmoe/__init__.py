@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from fusedmoe.expert_matrix import ExpertMatrix as ExpertMatrix
     from fusedmoe.functional import fused_experts as fused_experts, workspace_bytes as workspace_bytes
     from fusedmoe.linear import expert_linear as expert_linear
+    from fusedmoe.lora import Adapter as Adapter, LoRA as LoRA
     from fusedmoe.nn import FusedExperts as FusedExperts
     from fusedmoe.quantization import quantize as quantize
     from fusedmoe.routers import (
@@ -44,6 +45,7 @@ __version__ = "0.1.0.dev0"
 
 _WHERE = {
     "Activation": "fusedmoe.spec.activation",
+    "Adapter": "fusedmoe.lora",
     "CaptureError": "fusedmoe.errors",
     "CheckpointError": "fusedmoe.errors",
     "DTypeError": "fusedmoe.errors",
@@ -53,6 +55,7 @@ _WHERE = {
     "FusedMoEError": "fusedmoe.errors",
     "GradientError": "fusedmoe.errors",
     "LayoutError": "fusedmoe.errors",
+    "LoRA": "fusedmoe.lora",
     "MissingDependencyError": "fusedmoe.errors",
     "OptionError": "fusedmoe.errors",
     "ParallelError": "fusedmoe.errors",

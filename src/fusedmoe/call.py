@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 
 from fusedmoe.expert_matrix import ExpertMatrix
+from fusedmoe.lora import LoRA
 from fusedmoe.spec.problem import Problem
 
 
@@ -31,6 +32,8 @@ class Call(NamedTuple):
     hidden_states_scale: torch.Tensor | None  # [T or 1, groups] float32, when hidden states are codes
     out: torch.Tensor | None  #           [T, H]; [S, I] of the first GEMM alone
     workspace: torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None  # [bytes] uint8, in one piece or in two
+    lora: LoRA | None = None  #           only with adapter_ids
+    adapter_ids: torch.Tensor | None = None  # [T] int32 or int64
 
     def inputs(self) -> Iterator[torch.Tensor]:
         """Every tensor that the layer reads."""
@@ -39,6 +42,8 @@ class Call(NamedTuple):
                 yield value
             elif isinstance(value, ExpertMatrix):
                 yield from value.tensors().values()
+            elif isinstance(value, LoRA):
+                yield from value.tensors()
 
     def workspaces(self) -> tuple[torch.Tensor, ...]:
         """The caller's scratch memory, if any."""
@@ -62,4 +67,5 @@ class Call(NamedTuple):
             # One scale may serve all tokens.
             hidden_states_scale=scale if scale is None or scale.shape[0] != self.problem.tokens else scale[rows],
             out=out[rows],
+            adapter_ids=None if self.adapter_ids is None else self.adapter_ids[rows],
         )

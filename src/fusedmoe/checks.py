@@ -11,11 +11,12 @@ import torch
 from fusedmoe.call import Call
 from fusedmoe.errors import DeviceError, DTypeError, GradientError, LayoutError, OptionError, ShapeError, explain
 from fusedmoe.expert_matrix import ExpertMatrix
+from fusedmoe.lora import LoRA
 from fusedmoe.settings import settings
 from fusedmoe.spec.activation import IDENTITY, Activation
 from fusedmoe.spec.format import ELEMENTS
 from fusedmoe.spec.layout import FP32_PRECISIONS, GATE_UP_LAYOUTS, WEIGHT_LAYOUTS, Matrix
-from fusedmoe.spec.problem import Problem
+from fusedmoe.spec.problem import Adapters, Problem
 
 MAX_TOP_K = 64
 MAX_EXPERTS = 4096
@@ -368,6 +369,34 @@ def _check_uncoupled(**matrices: Experts | None) -> None:
             raise OptionError(explain("batch_invariant", got=got, wanted="rows that share no scale", do=do))
 
 
+def _check_lora(
+    lora: LoRA, adapter_ids: torch.Tensor, x: torch.Tensor, w13: Experts, w2: Experts, dtype: torch.dtype, scale: object
+) -> Adapters:
+    """Adapters that fit the layer, and whose input is there."""
+    if not isinstance(lora, LoRA):
+        do = "Stack adapters with fusedmoe.LoRA.of."
+        raise DTypeError(explain("lora", got=type(lora).__name__, wanted="a fusedmoe.LoRA", do=do))
+    _tensor("adapter_ids", adapter_ids, "[T]", 1, _INTEGERS, x.device)
+    do = "Give each token one, -1 where it has none."
+    _size("adapter_ids", tuple(adapter_ids.shape), (x.shape[0],), "one for each row of hidden_states", do)
+    _tensor("matrices of lora", lora.w13_a, "[slots, E, R, H]", 4, (dtype,), x.device)
+    (n_experts, n_rows, n_hidden), n_intermediate = w13.shape, w2.shape[2]
+    experts = {t.shape[1] for t in (lora.w13_a, lora.w13_b, lora.w2_a, lora.w2_b)} - {1}
+    got = (max(experts, default=n_experts), lora.w13_b.shape[2], lora.w13_a.shape[3], lora.w2_a.shape[3])
+    wanted = (n_experts, n_rows, n_hidden, n_intermediate)
+    _size("lora", got, wanted, "(E, rows of w13, H, I) of the layer", "Adapters must be of this layer and this shard.")
+    if scale is not None:
+        raise OptionError(
+            explain(
+                "lora with hidden_states_scale",
+                got="hidden states that are codes",
+                wanted="hidden states as they were before: adapters meet those",
+                do="Leave quantising to the layer.",
+            )
+        )
+    return Adapters(slots=lora.slots, rank=lora.max_rank, parts=lora.parts)
+
+
 def _check_no_gradient(**tensors: Experts | None) -> None:
     if not torch.is_grad_enabled():
         return
@@ -405,6 +434,8 @@ def check(
     fp32_precision: str = "ieee",
     batch_invariant: bool | None = None,
     out: torch.Tensor | None = None,
+    lora: LoRA | None = None,
+    adapter_ids: torch.Tensor | None = None,
     workspace: torch.Tensor | None = None,
 ) -> Call:
     """Check every argument of :func:`fusedmoe.fused_experts`; raises what that function documents."""
@@ -450,6 +481,15 @@ def check(
         w2_bias=w2_bias,
         hidden_states_scale=hidden_states_scale,
     )
+    adapters = None
+    if lora is None or adapter_ids is None:
+        lora = adapter_ids = None
+    else:
+        adapters = _check_lora(lora, adapter_ids, hidden_states, w13, w2, dtype, hidden_states_scale)
+        if invariant:
+            do = "Leave batch_invariant out where there are adapters."
+            raise OptionError(explain("batch_invariant", got="adapters", wanted="a layer without", do=do))
+        _check_no_gradient(w13_a=lora.w13_a, w13_b=lora.w13_b, w2_a=lora.w2_a, w2_b=lora.w2_b)
     problem = Problem(
         tokens=hidden_states.shape[0],
         top_k=topk_ids.shape[1],
@@ -473,6 +513,7 @@ def check(
         known_experts=0 if expert_map is None else expert_map.shape[0],
         fp32_precision="tf32" if fp32_precision == "tf32" else "ieee",
         batch_invariant=invariant,
+        adapters=adapters,
     )
     return Call(
         problem,
@@ -487,6 +528,8 @@ def check(
         hidden_states_scale,
         out,
         workspace,
+        lora,
+        adapter_ids,
     )
 
 

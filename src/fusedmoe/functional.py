@@ -9,6 +9,7 @@ import torch
 from fusedmoe import experts
 from fusedmoe.checks import check
 from fusedmoe.expert_matrix import ExpertMatrix
+from fusedmoe.lora import LoRA
 from fusedmoe.plan.heuristics import tokens_before_breaks
 from fusedmoe.plan.planner import choose
 from fusedmoe.settings import settings
@@ -37,6 +38,8 @@ def fused_experts(
     expert_map: torch.Tensor | None = None,
     global_num_experts: int | None = None,
     fp32_precision: Fp32Precision = "ieee",
+    lora: LoRA | None = None,
+    adapter_ids: torch.Tensor | None = None,
     batch_invariant: bool | None = None,
     backend: str | None = None,
     out: torch.Tensor | None = None,
@@ -79,6 +82,9 @@ def fused_experts(
         expert_map: [E_global] int32 or int64, local id of each global expert or a negative number.
         global_num_experts: length of expert_map, checked when given.
         fp32_precision: products of float32 operands: "ieee", or "tf32" where the device has it.
+        lora: adapters, see :class:`fusedmoe.LoRA` for the equation; its matrices are of the type of the layer.
+        adapter_ids: [T] int32 or int64, the slot in lora of each token's adapter; any number that names no slot with
+            an adapter (such as -1) is none. Without it, or without lora, no token has one.
         batch_invariant: a row of the result has the same bits whatever T, its place, its neighbours and their experts
             are, on this device with this backend ("auto" counts as one); costs some speed. Not for schemes whose rows
             share a dynamic scale. None takes the process's setting (FUSEDMOE_BATCH_INVARIANT), which is off.
@@ -129,15 +135,20 @@ def fused_experts(
             weight_layout,
             apply_router_weight_on_input,
             fp32_precision,
+            [] if lora is None or adapter_ids is None else lora.tensors(),
+            adapter_ids,
             backend,
             workspace_limit,
             batch_invariant,
         )
         return result if out is None else out.copy_(result)
     key = None
-    if out is None and workspace is None:  # memory of the caller's may overlap other arguments
+    held = lora.tensors() if isinstance(lora, LoRA) and adapter_ids is not None else ()
+    # Memory of the caller's may overlap other arguments.
+    if out is None and workspace is None and (lora is None or isinstance(lora, LoRA)):
         arguments = (
             hidden_states, w13, w2, topk_weights, topk_ids, w13_bias, w2_bias, expert_map, hidden_states_scale,
+            *held, *(() if lora is None else (adapter_ids,)),
         )  # fmt: skip
         options = (
             dtype, emulate, activation, gate_up_layout, weight_layout, apply_router_weight_on_input, global_num_experts,
@@ -164,6 +175,8 @@ def fused_experts(
         expert_map=expert_map,
         global_num_experts=global_num_experts,
         fp32_precision=fp32_precision,
+        lora=lora,
+        adapter_ids=adapter_ids,
         batch_invariant=batch_invariant,
         out=out,
         workspace=workspace,

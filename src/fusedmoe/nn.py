@@ -16,6 +16,7 @@ from fusedmoe.checkpoint import ExpertsCheckpoint, read_experts
 from fusedmoe.errors import DTypeError, LayoutError, OptionError, ShapeError, explain
 from fusedmoe.expert_matrix import ExpertMatrix
 from fusedmoe.functional import fused_experts
+from fusedmoe.lora import LoRA
 from fusedmoe.spec.activation import Activation
 from fusedmoe.spec.format import Format
 from fusedmoe.spec.layout import GATE_UP_LAYOUTS, WEIGHT_LAYOUTS, GateUpLayout, WeightLayout
@@ -322,6 +323,8 @@ class FusedExperts(torch.nn.Module):
         *,
         hidden_states_scale: torch.Tensor | None = None,
         dtype: torch.dtype | None = None,
+        lora: LoRA | None = None,
+        adapter_ids: torch.Tensor | None = None,
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Apply the experts; equation and types: :func:`fusedmoe.fused_experts`.
@@ -332,6 +335,8 @@ class FusedExperts(torch.nn.Module):
             topk_ids: as topk_weights.
             hidden_states_scale: of hidden states that are codes: as fused_experts takes it, or [..., groups].
             dtype: type of the layer when hidden states are codes.
+            lora: adapters, see :class:`fusedmoe.LoRA`.
+            adapter_ids: [...] or [T], the slot in lora of each token's adapter, -1 for none.
             out: [..., H], where the result goes; allocated when None.
 
         Returns:
@@ -385,6 +390,8 @@ class FusedExperts(torch.nn.Module):
             w2_bias=self.w2_bias,
             apply_router_weight_on_input=self.apply_router_weight_on_input,
             expert_map=self.expert_map,
+            lora=lora,
+            adapter_ids=None if adapter_ids is None else adapter_ids.reshape(-1),
             backend=self.backend,
             out=None if out is None else _flat(out, tokens),
         )

@@ -17,6 +17,7 @@ from torch import Tensor
 from fusedmoe import experts
 from fusedmoe.checks import check, check_linear
 from fusedmoe.expert_matrix import ExpertMatrix
+from fusedmoe.lora import LoRA
 from fusedmoe.plan.planner import choose
 from fusedmoe.spec.activation import Activation
 from fusedmoe.spec.format import Format, Inputs
@@ -33,7 +34,8 @@ _LIBRARY.define(
     "Tensor? hidden_states_scale, ScalarType? dtype, bool emulate, "
     "str activation, float? alpha, float? beta, float? limit, float? linear_beta, "
     "str gate_up_layout, str weight_layout, bool apply_router_weight_on_input, "
-    "str fp32_precision, str? backend, int? workspace_limit, bool? batch_invariant) -> Tensor",
+    "str fp32_precision, Tensor[] lora, Tensor? adapter_ids, str? backend, int? workspace_limit, "
+    "bool? batch_invariant) -> Tensor",
     tags=(torch.Tag.needs_fixed_stride_order,),
 )
 _LIBRARY.define(
@@ -50,6 +52,11 @@ def flatten(w: Tensor | ExpertMatrix) -> _Flat:
     if isinstance(w, Tensor):
         return w, None, None, None, None, [], 1
     return w.data, w.scale, w.zero, w.tensor_scale, w.input_scale, format_to_words(w.format), w.parts
+
+
+def _lora(tensors: list[Tensor]) -> LoRA | None:
+    names = ("scaling", "rank", "adapter_enabled")
+    return LoRA(*tensors[:4], **dict(zip(names, tensors[4:], strict=False))) if tensors else None
 
 
 def format_to_words(form: Format) -> list[str]:
@@ -95,8 +102,8 @@ def _fused_experts(hidden_states: Tensor, *arguments: Any) -> Tensor:
     (
         topk_weights, topk_ids, w13_bias, w2_bias, expert_map, global_num_experts, hidden_states_scale, dtype, emulate,
         activation, alpha, beta, limit, linear_beta,
-        gate_up_layout, weight_layout, apply_router_weight_on_input, fp32_precision, backend, workspace_limit,
-        batch_invariant,
+        gate_up_layout, weight_layout, apply_router_weight_on_input, fp32_precision, lora, adapter_ids, backend,
+        workspace_limit, batch_invariant,
     ) = arguments[14:]  # fmt: skip
     call = check(
         hidden_states,
@@ -116,6 +123,8 @@ def _fused_experts(hidden_states: Tensor, *arguments: Any) -> Tensor:
         expert_map=expert_map,
         global_num_experts=global_num_experts,
         fp32_precision=fp32_precision,
+        lora=_lora(lora),
+        adapter_ids=adapter_ids,
         batch_invariant=batch_invariant,
     )
     return experts.run(call, choose(call.problem, target_of(hidden_states.device), backend), workspace_limit)

@@ -36,7 +36,9 @@ def layer(scheme, hidden, intermediate, experts=8, top_k=2, tokens=MOST):
         w13 = random_matrix(format_of(scheme), sizes[0], generator, parts=2)
         w2 = random_matrix(format_of(scheme), sizes[1], generator)
     x = torch.randn(tokens, hidden, dtype=torch.bfloat16, device="cuda", generator=generator)
-    topk = fusedmoe.softmax_topk(torch.randn(tokens, experts, device="cuda", generator=generator), top_k)
+    topk = fusedmoe.softmax_topk(
+        torch.randn(tokens, experts, device="cuda", generator=generator), top_k, renormalize=True
+    )
     return x, w13, w2, topk.weights, topk.ids
 
 

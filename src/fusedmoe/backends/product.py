@@ -8,10 +8,20 @@ from typing import Any, NamedTuple
 import torch
 
 from fusedmoe.expert_matrix import ExpertMatrix
+from fusedmoe.kernels import arrange, store
 from fusedmoe.kernels.operands import Epilogue, Output, Parameters, Rows
 from fusedmoe.plan.config import KernelConfig
 from fusedmoe.spec.layout import GateUpLayout
 from fusedmoe.spec.problem import Gemm
+
+#: Policies of a result that is stored as it is.
+PLAIN: dict[str, Any] = {
+    "STORE": store.numbers,
+    "ARRANGE": arrange.as_they_are,
+    "ENCODE": None,
+    "LARGEST": 0.0,
+    "OUT_GROUP": 0,
+}
 
 
 class Product(NamedTuple):

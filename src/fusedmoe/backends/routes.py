@@ -80,10 +80,13 @@ def ids_of(call: Call) -> Ids:
     )
 
 
-def sort(call: Call, block_m: int, work: Workspace, first: dict[str, Any], after: dict[str, Any]) -> Routed:
+def sort(
+    call: Call, placed: Ids, block_m: int, work: Workspace, first: dict[str, Any], after: dict[str, Any]
+) -> Routed:
     """Sort the live slots and write the table of tiles of ``block_m`` rows.
 
     Args:
+        placed: ids in the order in which an expert's slots are to lie.
         first, after: launch options of the first launch, and of those that follow it.
     """
     problem, ids = call.problem, ids_of(call)
@@ -97,7 +100,7 @@ def sort(call: Call, block_m: int, work: Workspace, first: dict[str, Any], after
             launch(
                 routing.route_one_chunk,
                 (1,),
-                ids,
+                placed,
                 schedule,
                 **first,
                 E=n_experts,
@@ -113,7 +116,7 @@ def sort(call: Call, block_m: int, work: Workspace, first: dict[str, Any], after
             n_chunks = math.ceil(problem.slots / chunk)
             block_c = max(1, TABLE // e_pad)
             own_chunks = max(block_c, math.ceil(n_chunks / PLACERS))
-            launch(routing.count, (n_chunks,), ids, counts, **first, E=n_experts, E_PAD=e_pad, CHUNK=chunk)
+            launch(routing.count, (n_chunks,), placed, counts, **first, E=n_experts, E_PAD=e_pad, CHUNK=chunk)
             launch(
                 routing.offsets,
                 (math.ceil(n_chunks / own_chunks),),
@@ -134,7 +137,7 @@ def sort(call: Call, block_m: int, work: Workspace, first: dict[str, Any], after
             launch(
                 routing.scatter,
                 (programs,),
-                ids,
+                placed,
                 schedule,
                 base,
                 n_chunks,

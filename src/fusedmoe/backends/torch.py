@@ -13,6 +13,9 @@ the codes that is scaled afterwards would; activated rows are then quantised bef
 
 A batch-invariant call multiplies and activates row by row: libraries choose by the number of rows how to add up, and
 functions of several elements at once leave the last ones of a tensor to others that round differently.
+
+What adapters add is computed in float32, one product per pair of adapter and expert that has rows, and added to their
+rows alone.
 """
 
 from __future__ import annotations
@@ -33,7 +36,7 @@ from fusedmoe.expert_matrix import ExpertMatrix
 from fusedmoe.numerics import input_scale, quantise_inputs, spread_input_scale
 from fusedmoe.plan.config import Plan
 from fusedmoe.reference.activations import activate
-from fusedmoe.spec.layout import Fp32Precision
+from fusedmoe.spec.layout import Fp32Precision, GateUpLayout
 from fusedmoe.spec.problem import Problem
 
 #: Elements of a float32 temporary. Fits the cache of a core, and bounds the memory needed beside the rows.
@@ -98,8 +101,11 @@ def gate_up(call: Call, plan: Plan, schedule: _Schedule, work: Workspace) -> Ten
     wide = _wide(products.dtype)
     dtype = wide if _quantises_rows(call.w2) else getattr(torch, problem.dtype)
     hidden = products.new_empty(products.shape[0], problem.intermediate, dtype=dtype)
+    deltas = _deltas(call, schedule, call.hidden_states, of_tokens=True)
     for piece in _pieces(products.shape[0], PIECE if problem.batch_invariant else problem.w13_rows):
         h = products[piece].to(wide)
+        if deltas is not None:
+            h = _added(h, deltas, piece)
         if problem.weight_on_input:
             assert call.topk_weights is not None, "a whole layer has router weights"
             h = h * call.topk_weights.reshape(-1, 1)[schedule.slot[piece]].to(wide)
@@ -116,6 +122,8 @@ def down(call: Call, plan: Plan, schedule: _Schedule, hidden: Tensor, work: Work
     """Products [R, H]. Bias and router weight wait for :func:`combine`, which has the rows in cache."""
     assert call.w2 is not None, "a whole layer has a second matrix"
     rows = _multiply(_dequantised(hidden, call.w2), call.w2, schedule, call.problem)
+    if (deltas := _deltas(call, schedule, hidden, of_tokens=False)) is not None:
+        rows = _added(rows.to(_wide(rows.dtype)), deltas, slice(0, rows.shape[0]))
     return rows.to(getattr(torch, call.problem.dtype))
 
 
@@ -145,6 +153,53 @@ def combine(call: Call, plan: Plan, schedule: _Schedule, rows: Tensor, work: Wor
         for y_j in y.unbind(1):
             total += y_j  # torch.sum adds in an order of its own
         out[tokens] = total
+
+
+class _Deltas(NamedTuple):
+    """What adapters add to some rows."""
+
+    row: Tensor  #    [D] ascending
+    value: Tensor  #  [D, N] float32 at least
+
+
+def _added(h: Tensor, deltas: _Deltas, piece: slice) -> Tensor:
+    """Rows ``piece`` with what is added to some of them; the others keep their bits."""
+    mine = (deltas.row >= piece.start) & (deltas.row < piece.stop)
+    return h.index_put((deltas.row[mine] - piece.start,), h[deltas.row[mine] - piece.start] + deltas.value[mine])
+
+
+def _deltas(call: Call, schedule: _Schedule, x: Tensor, *, of_tokens: bool) -> _Deltas | None:
+    """``scaling B A x`` of the rows that have an adapter, for w13 (rows ``of_tokens``) or w2; None without adapters."""
+    lora, ids = call.lora, call.adapter_ids
+    if lora is None or ids is None:
+        return None
+    a, b = (lora.w13_a, lora.w13_b) if of_tokens else (lora.w2_a, lora.w2_b)
+    token = schedule.slot // call.problem.top_k
+    held = lora.rank if lora.adapter_enabled is None else lora.rank * (lora.adapter_enabled != 0)
+    adapter = _within(ids.long(), lora.slots)[token]
+    row = torch.nonzero(functional.pad(held, (0, 1))[adapter] > 0).flatten()
+    pair = adapter[row] * call.problem.experts + schedule.expert[row]
+    wide = _wide(x.dtype)
+    value = x.new_empty(row.numel(), b.shape[2], dtype=wide)
+    up = _up_columns(b.shape[2], call.problem.gate_up) if of_tokens and lora.parts == 2 else None
+    ranks = lora.rank.tolist()
+    with _float32_products("ieee", x):
+        for number in pair.unique().tolist():
+            slot, expert = divmod(number, call.problem.experts)
+            mine = torch.nonzero(pair == number).flatten()
+            rows = x[token[row[mine]]] if of_tokens else x[row[mine]]
+            left = a[slot, expert % a.shape[1]].unflatten(0, (-1, lora.max_rank))[:, : ranks[slot]].to(wide)
+            right = b[slot, expert % b.shape[1], :, : ranks[slot]].to(wide).T
+            shrunk = (rows.to(wide) @ left.flatten(0, 1).T * lora.scaling[slot]).unflatten(1, (-1, ranks[slot]))
+            found = shrunk[:, 0] @ right
+            if up is not None:
+                found[:, up] = shrunk[:, 1] @ right[:, up]
+            value[mine] = found
+    return _Deltas(row, value)
+
+
+def _up_columns(n_columns: int, gate_up: GateUpLayout) -> slice:
+    return slice(1, None, 2) if gate_up == "interleaved" else slice(n_columns // 2, None)
 
 
 def _local_experts(call: Call) -> Tensor:

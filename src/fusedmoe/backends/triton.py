@@ -16,9 +16,9 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fusedmoe._compat import teach_interpreter
-from fusedmoe.backends import routes
+from fusedmoe.backends import adapters, routes
 from fusedmoe.backends.launch import device_guard, launch
-from fusedmoe.backends.product import Product
+from fusedmoe.backends.product import PLAIN, Product
 from fusedmoe.backends.routes import Routed
 from fusedmoe.backends.rows import flat, in_order, order_of, quantised, with_scale
 from fusedmoe.backends.weights import operand, weight_map
@@ -54,15 +54,6 @@ from fusedmoe.target import target_of
 if settings().interpret:
     teach_interpreter()
 
-#: Policies of a result that is stored as it is.
-_PLAIN: dict[str, Any] = {
-    "STORE": store.numbers,
-    "ARRANGE": arrange.as_they_are,
-    "ENCODE": None,
-    "LARGEST": 0.0,
-    "OUT_GROUP": 0,
-}
-
 
 def _row_stride(columns: int, dtype: torch.dtype) -> int:
     """Elements from row to row of an intermediate: rows start at multiples of 16 bytes."""
@@ -87,10 +78,10 @@ def workspace_layout(problem: Problem, plan: Plan) -> Layout:
     dtype = getattr(torch, problem.dtype)
     slots = problem.slots
     how = _plan(plan)
-    layout: Layout = {}
+    layout: Layout = adapters.workspace_layout(problem, how)
     if not (problem.alone or problem.sparse):
         layout["rows"] = ((slots, _row_stride(problem.hidden, dtype)), dtype)
-    if how.requantise != "epilogue" and not problem.alone:
+    if (how.requantise != "epilogue" or how.shrink is not None) and not problem.alone:
         layout["hidden"] = ((slots, _row_stride(problem.intermediate, dtype)), dtype)
     tokens_type = dtype
     if how.gate_up.words:
@@ -137,7 +128,8 @@ def route(call: Call, plan: Plan, work: Workspace) -> Routed:
     if how.few:
         return Routed(routes.ids_of(call), None, min(call.problem.experts, call.problem.slots))
     first, after = _overlap(plan)
-    return routes.sort(call, how.gate_up.block_m, work, first, after)
+    ids = adapters.in_order(call, how, routes.ids_of(call), work, first)
+    return routes.sort(call, ids, how.gate_up.block_m, work, first, after)
 
 
 def gate_up(call: Call, plan: Plan, schedule: Routed, work: Workspace) -> Rows:
@@ -146,6 +138,11 @@ def gate_up(call: Call, plan: Plan, schedule: Routed, work: Workspace) -> Rows:
     first, after = _overlap(plan)
     options = {"WAIT": overlap.nothing, **first} if how.few else after
     x = Rows(*flat(call.hidden_states), tl.constexpr(problem.top_k))
+    if how.shrink is not None:
+        adapters.shrink(
+            call, how, schedule.ids, schedule.schedule, schedule.max_tiles, x, work, options, of_tokens=True
+        )
+        options = after
     if (inputs := problem.gate_up_gemm.inputs) is not None:
         x = _tokens_as_codes(call, plan, schedule, x, inputs, work, options)
         options = after
@@ -161,6 +158,10 @@ def gate_up(call: Call, plan: Plan, schedule: Routed, work: Workspace) -> Rows:
     p = problem.activation
     requantised = problem.down_gemm.inputs
     out, stored = _hidden(how, requantised, call, work)
+    follows = epilogue.weigh_then_bias
+    if how.shrink is not None:
+        e, follows = adapters.expanded(call, how, e, work, of_tokens=True)
+        out = adapters.beside(how, out, work)
     if requantised is not None and requantised.mode == "tensor":
         with device_guard(call.hidden_states.device):
             launch(quantise.zero, (1,), work["hidden_amax"], **after, N=1)
@@ -173,7 +174,7 @@ def gate_up(call: Call, plan: Plan, schedule: Routed, work: Workspace) -> Rows:
         how.multiply[0],
         out,
         e,
-        epilogue.weigh_then_bias,
+        follows,
         stored,
         up=problem.intermediate if problem.gate_up == "concatenated" and p.gated else 0,
         p=Parameters(
@@ -248,10 +249,10 @@ def _hidden(how: TritonPlan, inputs: Inputs | None, call: Call, work: Workspace)
     """Where gate-up writes, and its STORE policy."""
     if call.problem.alone:
         assert call.out is not None, "made with the call"
-        return Output(call.out, call.out.stride(0), tl.constexpr(True)), _PLAIN
+        return Output(call.out, call.out.stride(0), tl.constexpr(True)), PLAIN
     by_slot = tl.constexpr(False)
     order = arrange.as_they_are if how.requantise == "kernel" else order_of(call.problem.down_gemm, how.down)
-    plain = {**_PLAIN, "ARRANGE": order}
+    plain = {**PLAIN, "ARRANGE": order}
     if how.requantise != "epilogue":
         hidden = work["hidden"]
         out = Output(hidden, hidden.stride(0), by_slot)
@@ -285,24 +286,29 @@ def _hidden_rows(how: TritonPlan, inputs: Inputs | None, call: Call, work: Works
 
 def down(call: Call, plan: Plan, schedule: Routed, hidden: Rows, work: Workspace) -> torch.Tensor:
     """Rows of the output [S, H] by slot, weighted; a row of an absent slot is never written."""
-    problem = call.problem
+    problem, how, after = call.problem, _plan(plan), _overlap(plan)[1]
     assert call.w2 is not None, "a whole layer has a second matrix"
     rows = call.out if problem.sparse and call.out is not None else work["rows"]
     e = _with_bias(call.w2_bias)
     if not problem.weight_on_input:
         e = _with_router_weight(e, call)
+    follows = epilogue.bias_then_weigh
+    if how.shrink is not None:
+        x = Rows(*flat(work[adapters.intermediate(how)]), None)
+        adapters.shrink(call, how, schedule.ids, schedule.schedule, schedule.max_tiles, x, work, after, of_tokens=False)
+        e, follows = adapters.expanded(call, how, e, work, of_tokens=False)
     product = Product(
         problem.down_gemm,
-        _plan(plan).down,
+        how.down,
         hidden,
         call.w2,
-        _plan(plan).multiply[1],
+        how.multiply[1],
         Output(rows, rows.stride(0), tl.constexpr(True)),
         e,
-        epilogue.bias_then_weigh,
-        _PLAIN,
+        follows,
+        PLAIN,
     )
-    _launch(call, product, _overlap(plan)[1], schedule)
+    _launch(call, product, after, schedule)
     return rows
 
 

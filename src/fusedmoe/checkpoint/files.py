@@ -94,6 +94,9 @@ def json_object(path: Path) -> dict[str, Any]:
 class Files:
     """The tensors of a directory by name; a file is opened when the first tensor in it is asked for."""
 
+    #: Names of the configuration and of the weights.
+    CONFIG, WEIGHTS = "config.json", "model.safetensors"
+
     def __init__(self, directory: Path, stack: ExitStack) -> None:
         self.directory = directory
         self._stack = stack
@@ -103,17 +106,17 @@ class Files:
             raise error(
                 "checkpoint",
                 got=f"{directory}, which is no directory",
-                wanted="a directory with config.json and *.safetensors",
+                wanted=f"a directory with {self.CONFIG} and *.safetensors",
                 do="Pass the local path of a downloaded model, not its name on a hub.",
             )
-        beside(directory, "config.json")
-        config = json_object(directory / "config.json")
+        beside(directory, self.CONFIG)
+        config = json_object(directory / self.CONFIG)
         nested = config.get("text_config")
         self.config: dict[str, Any] = {**config, **nested} if isinstance(nested, dict) else config
         self._file_of = self._find_files()
 
     def _find_files(self) -> dict[str, str]:
-        single, index = self.directory / "model.safetensors", self.directory / "model.safetensors.index.json"
+        single, index = self.directory / self.WEIGHTS, self.directory / f"{self.WEIGHTS}.index.json"
         if beside(self.directory, single.name):
             with _broken_file(single):
                 return dict.fromkeys(self._handle(single.name).keys(), single.name)
@@ -306,10 +309,10 @@ def _broken_file(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def open_checkpoint(directory: str | os.PathLike[str]) -> Iterator[Files]:
+def open_checkpoint(directory: str | os.PathLike[str], kind: type[Files] = Files) -> Iterator[Files]:
     """Open a directory; the files that were opened on the way are closed at the end."""
     if not isinstance(directory, (str, os.PathLike)) or "\0" in str(directory):
         do = "Pass the path of a directory."
         raise error("checkpoint", got=repr(directory), wanted="a str or os.PathLike", do=do)
     with ExitStack() as stack:
-        yield Files(Path(directory), stack)
+        yield kind(Path(directory), stack)

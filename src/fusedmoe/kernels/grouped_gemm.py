@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from fusedmoe.kernels.scales import of_rows, row_of
-from fusedmoe.kernels.store import write
+from fusedmoe.kernels.store import keep, write
 
 
 @triton.jit
@@ -113,5 +113,6 @@ def grouped_gemm(
 
         dest = slot if out.by_slot else row
         column = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
+        keep(result, out, dest, live, column, COLUMNS)
         value = STORE(result, out, dest, live, column, COLUMNS, BLOCK_M, BLOCK_N, ENCODE, LARGEST, OUT_GROUP)
         write(ARRANGE(value), out, dest, live, column, COLUMNS)

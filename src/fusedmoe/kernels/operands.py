@@ -21,6 +21,7 @@ class Ids(NamedTuple):
     n_local: object  #   E
     top_k: object  #     constexpr
     odd: object  #       2 S + 1, see odd_of
+    order: object = None  #     [T] int32: tokens in the order in which an expert has them, or None: in theirs
 
 
 def odd_of(count: int) -> int:
@@ -38,6 +39,43 @@ class Schedule(NamedTuple):
     tile_expert: object  # [n_tiles] int32
     tile_row: object  #    [n_tiles] int32: first row of a tile
     n_tiles: object  #     [1] int32
+
+
+class AdaptedIds(NamedTuple):
+    """Ids, and the user's choice of adapters: rows are found by both.
+
+    Flat, because Triton 3.6 loses constants of tuples within tuples that have a None.
+    """
+
+    ptr: object
+    stride_t: object
+    stride_j: object
+    map_ptr: object
+    n_global: object
+    n_local: object
+    top_k: object
+    odd: object
+    order: object
+    ids: object  #       [T] int32 or int64, the slot of a token's adapter; anything outside [0, slots) is none
+    stride: object
+    slots: object
+    rank: object  #      [slots] int32, 0 in an empty slot
+    enabled: object  #   [slots] uint8, or None
+    experts: object  #   constexpr E, as what follows
+    max_rank: object  #  R
+    block: object  #     columns of A x that a program computes
+
+
+class Shrink(NamedTuple):
+    """The right operand A [slots, E, R or 2R, K] of a launch that shrinks; ``stride_e`` 0 where experts share it."""
+
+    ptr: object
+    stride_a: object
+    stride_e: object
+    stride_n: object
+    stride_k: object
+    experts: object  #   constexpr E
+    scaling: object  #   [slots] float32
 
 
 class RowScale(NamedTuple):
@@ -112,6 +150,8 @@ class Output(NamedTuple):
     by_slot: object
     scale: object = None  #        float32 that a STORE policy reads or writes, or None
     stride_scale: object = None
+    beside: object = None  #       [S, columns] of the layer's type, where unquantised numbers go too, or None
+    stride_beside: object = None
 
 
 class Epilogue(NamedTuple):
@@ -124,6 +164,35 @@ class Epilogue(NamedTuple):
     weight_stride_t: object
     weight_stride_j: object
     top_k: object  #     constexpr
+
+
+class AdaptedEpilogue(NamedTuple):
+    """Epilogue, and what is added to rows with adapters before: v [S, R or 2R] times B [slots, E, N, R]."""
+
+    bias: object
+    bias_stride_e: object
+    bias_stride_n: object
+    weight: object
+    weight_stride_t: object
+    weight_stride_j: object
+    top_k: object
+    ids: object  #       as of AdaptedIds
+    stride: object
+    slots: object
+    rank: object
+    enabled: object
+    v: object
+    v_stride: object
+    ptr: object
+    stride_a: object
+    stride_e: object  #  0 where experts share it
+    stride_n: object
+    stride_r: object
+    up: object  #        first up row of a concatenated w13
+    parts: object  #     constexpr: "one" A, or those of gate and up, whose rows of B are "halves" or "alternate"
+    max_rank: object  #  constexpr R, as what follows
+    block: object  #     columns of v to a product
+    precision: object  # of float32 products
 
 
 class Parameters(NamedTuple):

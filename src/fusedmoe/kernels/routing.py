@@ -6,9 +6,9 @@ Three launches, or one when all slots fit one chunk:
 * ``offsets``: turns counts into the first row of (chunk, expert), and writes the offsets;
 * ``scatter``: chunk c sorts its slots and writes them to their rows; programs also write the tiles.
 
-Invariants: (1) rows of expert e are ``offset[e] .. offset[e + 1]``, ordered by slot: no atomics, so two
-runs give the same bits. (2) Absent slots get no row. (3) sum over e of ceil(S_e / BLOCK_M) is at most
-ceil(S / BLOCK_M) + min(E, S), which bounds the tile table. Grid: one dimension.
+Invariants: (1) rows of expert e are ``offset[e] .. offset[e + 1]``, in the order of slots, or of the tokens in
+``ids.order``: no atomics, so two runs give the same bits. (2) Absent slots get no row. (3) sum over e of
+ceil(S_e / BLOCK_M) is at most ceil(S / BLOCK_M) + min(E, S), which bounds the tile table. Grid: one dimension.
 """
 
 from __future__ import annotations
@@ -20,11 +20,21 @@ from fusedmoe.kernels.tiles import local_expert, n_slots
 
 
 @triton.jit
+def _in_order(ids, place):
+    """The slot that is sorted as number ``place``."""
+    if ids.order is None:
+        return place
+    else:
+        token = tl.load(ids.order + place // ids.top_k, mask=place < n_slots(ids), other=0)
+        return token * ids.top_k + place % ids.top_k
+
+
+@triton.jit
 def _chunk_experts(ids, chunk, E: tl.constexpr, CHUNK: tl.constexpr):
     """Expert of each slot of a chunk; E stands for absent, so that absent slots sort last."""
-    slot = chunk * CHUNK + tl.arange(0, CHUNK)
-    expert = local_expert(ids, slot, slot < n_slots(ids))
-    return slot, tl.where(expert >= 0, expert, E)
+    place = chunk * CHUNK + tl.arange(0, CHUNK)
+    expert = local_expert(ids, _in_order(ids, place), place < n_slots(ids))
+    return tl.where(expert >= 0, expert, E)
 
 
 @triton.jit
@@ -64,7 +74,7 @@ def _store_offsets(schedule, total, E: tl.constexpr, E_PAD: tl.constexpr, BLOCK_
 def count(ids, counts, RELEASE: tl.constexpr, E: tl.constexpr, E_PAD: tl.constexpr, CHUNK: tl.constexpr):
     RELEASE()
     chunk = tl.program_id(0)
-    _, expert = _chunk_experts(ids, chunk, E, CHUNK)
+    expert = _chunk_experts(ids, chunk, E, CHUNK)
     e = tl.arange(0, E_PAD)
     tl.store(counts + chunk.to(tl.int64) * E + e, _count_experts(expert, E, E_PAD), mask=e < E)
 
@@ -115,12 +125,12 @@ def scatter(
     RELEASE()
     program = tl.program_id(0)
     if program < n_chunks:
-        _, expert = _chunk_experts(ids, program, E, CHUNK)
+        expert = _chunk_experts(ids, program, E, CHUNK)
         place = tl.arange(0, CHUNK)
         key = tl.sort(expert * CHUNK + place)
         expert = key // CHUNK
         row = place + tl.load(base + program.to(tl.int64) * E + expert, mask=expert < E, other=0)
-        tl.store(schedule.slot + row, program * CHUNK + key % CHUNK, mask=expert < E)
+        tl.store(schedule.slot + row, _in_order(ids, program * CHUNK + key % CHUNK), mask=expert < E)
     _write_tiles(schedule, program * TILES, E, E_PAD, TILES, BLOCK_M)
 
 
@@ -132,11 +142,11 @@ def route_one_chunk(
 ):  # fmt: skip
     """Grid: one program. All of the above for S <= CHUNK."""
     RELEASE()
-    _, expert = _chunk_experts(ids, 0, E, CHUNK)
+    expert = _chunk_experts(ids, 0, E, CHUNK)
     _store_offsets(schedule, _count_experts(expert, E, E_PAD), E, E_PAD, BLOCK_M)
     place = tl.arange(0, CHUNK)
     key = tl.sort(expert * CHUNK + place)
-    tl.store(schedule.slot + place, key % CHUNK, mask=key < E * CHUNK)
+    tl.store(schedule.slot + place, _in_order(ids, key % CHUNK), mask=key < E * CHUNK)
     tl.debug_barrier()  # the offsets written above are read back below
     for first_tile in range(0, tl.load(schedule.n_tiles), TILES):
         _write_tiles(schedule, first_tile, E, E_PAD, TILES, BLOCK_M)

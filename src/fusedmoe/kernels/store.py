@@ -17,6 +17,14 @@ def write(value, out, dest, live, column, COLUMNS: tl.constexpr):
 
 
 @triton.jit
+def keep(result, out, dest, live, column, COLUMNS: tl.constexpr):
+    """Numbers beside what is stored, for who needs them as they are."""
+    if out.beside is not None:
+        address = out.beside + dest.to(tl.int64)[:, None] * out.stride_beside + column[None, :]
+        tl.store(address, result.to(out.beside.dtype.element_ty), mask=live[:, None] & (column < COLUMNS)[None, :])
+
+
+@triton.jit
 def numbers(
     result, out, dest, live, column, COLUMNS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     ENCODE: tl.constexpr, LARGEST: tl.constexpr, GROUP: tl.constexpr,

@@ -71,7 +71,7 @@ def scheduled_locate(
 
 
 @triton.jit
-def _few_group(ids, N_BLOCKS: tl.constexpr, FEW: tl.constexpr):
+def few_group(ids, N_BLOCKS: tl.constexpr, FEW: tl.constexpr):
     s = tl.arange(0, FEW)
     chosen = local_expert(ids, s, s < n_slots(ids))
     group = tl.program_id(0) // N_BLOCKS
@@ -85,7 +85,7 @@ def _few_group(ids, N_BLOCKS: tl.constexpr, FEW: tl.constexpr):
 
 @triton.jit
 def few_span(ids, schedule, N_BLOCKS: tl.constexpr, BLOCK_M: tl.constexpr, FEW: tl.constexpr, WAIT: tl.constexpr):
-    _, _, match = _few_group(ids, N_BLOCKS, FEW)
+    _, _, match = few_group(ids, N_BLOCKS, FEW)
     WAIT()  # the ids are the user's; only the rows come from the launch before
     return 0, tl.cdiv(tl.sum(match.to(tl.int32)), BLOCK_M), 1
 
@@ -94,7 +94,7 @@ def few_span(ids, schedule, N_BLOCKS: tl.constexpr, BLOCK_M: tl.constexpr, FEW: 
 def few_locate(
     i, ids, schedule, N_BLOCKS: tl.constexpr, BLOCK_M: tl.constexpr, GROUP_M: tl.constexpr, FEW: tl.constexpr
 ):
-    expert, s, match = _few_group(ids, N_BLOCKS, FEW)
+    expert, s, match = few_group(ids, N_BLOCKS, FEW)
     rank = tl.cumsum(match.to(tl.int32), 0) - 1
     wanted = i * BLOCK_M + tl.arange(0, BLOCK_M)
     pick = match[:, None] & (rank[:, None] == wanted[None, :])

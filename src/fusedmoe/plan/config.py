@@ -39,6 +39,23 @@ class KernelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ShrinkPlan:
+    """The launches that compute A x for adapters.
+
+    Attributes:
+        by_adapter: tokens are sorted by adapter first, so that a tile of an expert that has several has few adapters.
+        turns: programs that share the adapters of a tile of rows.
+        gate_up: of hidden states.
+        down: of the intermediate.
+    """
+
+    by_adapter: bool
+    turns: int
+    gate_up: KernelConfig
+    down: KernelConfig
+
+
+@dataclass(frozen=True, kw_only=True)
 class TritonPlan:
     """The portable pipeline; both GEMMs share block_m.
 
@@ -49,6 +66,7 @@ class TritonPlan:
         combine_block: output columns of a program of the last step.
         multiply: types in which the two GEMMs multiply.
         requantise: where the intermediate becomes codes: in gate-up's epilogue, in a kernel of its own, or nowhere.
+        shrink: where there are adapters.
     """
 
     few: bool
@@ -59,6 +77,7 @@ class TritonPlan:
     combine_block: int
     multiply: tuple[str, str]
     requantise: Literal["none", "epilogue", "kernel"] = "none"
+    shrink: ShrinkPlan | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,8 +11,9 @@ from dataclasses import replace
 from typing import Literal
 
 from fusedmoe.plan.arithmetic import bytes_of, multiply_in
-from fusedmoe.plan.config import FEW, KernelConfig, TritonPlan
+from fusedmoe.plan.config import FEW, KernelConfig, ShrinkPlan, TritonPlan
 from fusedmoe.plan.validity import step_bytes, why_no_maps, why_no_words, why_not, wide
+from fusedmoe.spec.layout import Matrix
 from fusedmoe.spec.problem import Gemm, Problem
 from fusedmoe.target import Target
 
@@ -129,8 +130,14 @@ def triton_plan(problem: Problem, target: Target) -> TritonPlan:
     if target.interpret:
         block_m = min(block_m, 32)
     first, second = gemms
-    gate_up = _fit(_ideal(problem, target, block_m, first, few=few, gate_up=True), first, target)
-    down = _fit(_ideal(problem, target, block_m, second, few=few, gate_up=False), second, target)
+    gate_up, down = (
+        _fit(
+            _adapted(_ideal(problem, target, block_m, gemm, few=few, gate_up=gemm is first), problem, gemm, target),
+            gemm,
+            target,
+        )
+        for gemm in gemms
+    )
     # Both GEMMs work on the same tiles.
     block_m = min(gate_up.block_m, down.block_m)
     gate_up, down = replace(gate_up, block_m=block_m), replace(down, block_m=block_m)
@@ -144,6 +151,54 @@ def triton_plan(problem: Problem, target: Target) -> TritonPlan:
         combine_block=max(16, min(1024, _next_power_of_2(problem.hidden))),
         multiply=(multiply_in(first, target), multiply_in(second, target)),
         requantise=requantise(second, gate_up),
+        shrink=_shrink(problem, target, block_m, few=few),
+    )
+
+
+def _adapted(config: KernelConfig, problem: Problem, gemm: Gemm, target: Target) -> KernelConfig:
+    """A tile that has registers for what adapters add to it, beside its sums, and no other sums in another order."""
+    if not gemm.rank:
+        return config
+    config = replace(config, programs_per_sm=0, flatten=False)
+    halves = 2 if gemm.width == 2 and problem.gate_up == "concatenated" else 1  # added one after the other
+    # WGMMA has both operands in shared memory, but for weights that are decoded in registers.
+    decoded = gemm.format is not None and bytes_of(multiply_in(gemm, target)) > 1
+    whole = gemm.rank % 16 == 0  # else loads are masked
+    hopper = target.vendor == "nvidia" and target.capability == 90
+    registers = 112 if not hopper else 128 if decoded else 192 if whole else 160
+    while (
+        config.block_m * wide(config, gemm) * (1 + 1 / halves) > registers * 32 * config.warps and config.block_n > 16
+    ):
+        narrow = replace(config, block_n=config.block_n // 2)
+        if requantise(problem.down_gemm, narrow) != requantise(problem.down_gemm, config):
+            break  # rows without adapters keep their bits only where the intermediate becomes codes at the same place
+        config = narrow
+    return config
+
+
+def _shrink(problem: Problem, target: Target, block_m: int, *, few: bool) -> ShrinkPlan | None:
+    """How A x is computed: a tile of its own size for few slots, that of the layer for more, narrow in either case."""
+    if problem.adapters is None:
+        return None
+    slots, rank = problem.adapters.slots, problem.adapters.rank
+    block_m = FEW if few else block_m
+
+    def tile(columns: int, inner: int) -> KernelConfig:
+        gemm = Gemm(columns=columns, inner=inner, width=1, matrix=Matrix("none", tma=False), dtype=problem.dtype)
+        block_n = min(16 if few else 128 if block_m >= 64 else 64, max(16, _next_power_of_2(columns)))
+        block_k = 32 if target.interpret or problem.dtype == "float32" else 128 if block_m <= 64 else 64
+        config = KernelConfig(block_m=block_m, block_n=block_n, block_k=block_k, warps=8 if block_m == 128 else 4)
+        if target.vendor == "nvidia" and target.capability < 80:
+            config = replace(config, block_n=min(block_n, 32), block_k=16, stages=1)
+        return _fit(config, gemm, target)
+
+    tiles = min(problem.experts, problem.slots) + (0 if few else problem.slots // block_m)
+    return ShrinkPlan(
+        by_adapter=not few and slots > 1 and problem.slots / problem.experts > block_m,
+        # Twice as many programs as multiprocessors; those whose turn does not come leave at once.
+        turns=max(1, min(slots, problem.slots, math.ceil(2 * target.n_sm / tiles))),
+        gate_up=tile(problem.adapters.parts * rank, problem.hidden),
+        down=tile(rank, problem.intermediate),
     )
 
 

@@ -23,6 +23,12 @@ def step_bytes(config: KernelConfig, gemm: Gemm, target: Target) -> int:
     return rows + (weights * bytes_of(gemm.dtype) if gemm.format is None else weights // gemm.format.per_byte)
 
 
+def expand_block(config: KernelConfig, gemm: Gemm) -> int:
+    """Columns of A x that one product of an epilogue takes: what registers are left for beside the sums."""
+    sums = config.block_m * (wide(config, gemm) + config.block_n) // (32 * config.warps)
+    return 16 if gemm.rank <= 16 or sums >= 192 else 32
+
+
 def shared_bytes(config: KernelConfig, gemm: Gemm, target: Target) -> int:
     """An upper bound of the shared memory of a program, compared with the compiler's own figure in the tests.
 
@@ -34,6 +40,8 @@ def shared_bytes(config: KernelConfig, gemm: Gemm, target: Target) -> int:
         return _EXTRA + step_bytes(config, gemm, target) * config.stages + config.block_m * 128 * 2
     math = multiply_in(gemm, target)
     epilogue = config.block_m * wide(config, gemm) * 4
+    if gemm.rank:  # both operands of a product with B
+        epilogue += (config.block_m + wide(config, gemm)) * expand_block(config, gemm) * bytes_of(gemm.dtype)
     buffers = step_bytes(config, gemm, target) * max(1, config.stages)
     if gemm.format is not None and math != gemm.format.element:
         buffers += (wide(config, gemm) // gemm.width * 2 + config.block_m) * config.block_k * bytes_of(math)
@@ -57,6 +65,10 @@ def why_not(config: KernelConfig, gemm: Gemm, target: Target) -> list[str]:
         reasons.append(f"group_m={config.group_m} is below 1")
     if config.flatten and not config.programs_per_sm:
         reasons.append("flatten needs a persistent grid (programs_per_sm > 0)")
+    if gemm.rank and config.programs_per_sm and not config.specialised:
+        reasons.append(
+            "a persistent grid adds no adapters: their products would take memory beside that of the next tile"
+        )
     if config.maps != "none":
         reasons += why_no_maps(config, gemm, target)
     if config.specialised:
@@ -143,6 +155,8 @@ def why_not_specialised(config: KernelConfig, gemm: Gemm, target: Target) -> lis
         reasons.append("sums groups of e4m3 alone")
     if config.block_m != 128 or wide(config, gemm) != 256 or config.warps not in (4, 8):
         reasons.append("a tile multiplies 128 rows by 256 of weights, with 8 warps together or by 4")
+    if gemm.rank:
+        reasons.append("adds no adapters: its registers hold two sums of a tile, not three")
     if not gemm.rows_aligned:
         reasons.append("rows of hidden_states must be contiguous and start at multiples of 16 bytes")
     return reasons

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fusedmoe.errors import DTypeError, OptionError, explain
 from fusedmoe.expert_matrix import ExpertMatrix
+from fusedmoe.lora import LoRA
 from fusedmoe.numerics import quantise_inputs, spread_input_scale
 from fusedmoe.reference.activations import activate
 from fusedmoe.spec.activation import Activation
@@ -30,6 +31,8 @@ def fused_experts(
     apply_router_weight_on_input: bool = False,
     expert_map: Tensor | None = None,
     global_num_experts: int | None = None,
+    lora: LoRA | None = None,
+    adapter_ids: Tensor | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> Tensor:
     """The layer by its definition, every operation in ``dtype``, nothing rounded in between but to codes.
@@ -39,6 +42,13 @@ def fused_experts(
     and with ``apply_router_weight_on_input``
 
         out[t] = sum_j W2[e] a(w[t, j] * (W1[e] x[t]) + b1[e]) + b2[e]
+
+    With an adapter a of token t (``adapter_ids[t]``, where that slot of ``lora`` holds an enabled adapter)
+
+        W1[e] x[t] + scaling[a] * B1[a, e] A1[a, e] x[t]   stands for W1[e] x[t],   and likewise of W2 and its input,
+
+    where x[t] and a(...) are those before they were quantised; gate rows of B1 meet the first half of A1, up rows the
+    second, where it has two.
 
     A slot whose id or mapped id names no expert adds exactly 0; an expert chosen twice by a token counts twice.
 
@@ -67,6 +77,7 @@ def fused_experts(
         apply_router_weight_on_input: see above; neither bias is weighted then.
         expert_map: [G] integers: global id -> local id; a value outside [0, E) names no expert.
         global_num_experts: ids at or above this name no expert either.
+        lora, adapter_ids: see above; both or none. adapter_ids: [T] integers.
         dtype: torch.float64 or torch.float32. The latter follows torch's setting of tf32.
 
     Returns:
@@ -92,17 +103,24 @@ def fused_experts(
         if row.numel() == 0:
             continue
         h = x[token[row]] @ _matrix(w13, e, weight_layout, dtype).T
+        if lora is not None and adapter_ids is not None:
+            second = _up_rows(h.shape[1], gate_up_layout) if lora.parts == 2 else None
+            h = h + _delta(
+                hidden_states[token[row]], adapter_ids[token[row]], lora, (lora.w13_a, lora.w13_b), e, second, dtype
+            )
         if apply_router_weight_on_input:
             h = weight[row] * h
         if w13_bias is not None:
             h = h + w13_bias[e].to(dtype)
         a[row] = activate(h, activation, gate_up_layout)
-    a = _rows(a, w2, dtype)
+    unquantised, a = a, _rows(a, w2, dtype)
     out = torch.zeros_like(x)
     for e, row in enumerate(rows):
         if row.numel() == 0:
             continue
         y = a[row] @ _matrix(w2, e, weight_layout, dtype).T
+        if lora is not None and adapter_ids is not None:
+            y = y + _delta(unquantised[row], adapter_ids[token[row]], lora, (lora.w2_a, lora.w2_b), e, None, dtype)
         if w2_bias is not None:
             y = y + w2_bias[e].to(dtype)
         if not apply_router_weight_on_input:
@@ -116,6 +134,38 @@ def _matrix(w: Tensor | ExpertMatrix, e: int, weight_layout: WeightLayout, dtype
     if isinstance(w, ExpertMatrix):
         return w.dequantize_expert(e, dtype)
     return w[e].to(dtype) if weight_layout == "NK" else w[e].to(dtype).T
+
+
+def _up_rows(n_rows: int, gate_up_layout: GateUpLayout) -> Tensor:
+    """Which rows of W1 are up rows."""
+    row = torch.arange(n_rows)
+    return row % 2 == 1 if gate_up_layout == "interleaved" else row >= n_rows // 2
+
+
+def _delta(
+    x: Tensor,
+    adapter_ids: Tensor,
+    lora: LoRA,
+    matrices: tuple[Tensor, Tensor],
+    e: int,
+    second: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """What the adapters add to rows of expert e: [R, out]. ``second``: rows of B that meet the second half of A."""
+    a, b = matrices
+    delta = x.new_zeros(x.shape[0], b.shape[2], dtype=dtype)
+    for slot in range(lora.slots):
+        rank = int(lora.rank[slot])
+        if rank == 0 or lora.adapter_enabled is not None and not lora.adapter_enabled[slot]:
+            continue
+        mine = torch.nonzero(adapter_ids == slot).flatten()
+        left = a[slot, e % a.shape[1]].to(dtype).unflatten(0, (-1, lora.max_rank))[:, :rank]
+        right = b[slot, e % b.shape[1], :, :rank].to(dtype)
+        found = x[mine].to(dtype) @ left[0].T @ right.T
+        if second is not None:
+            found = torch.where(second.to(x.device), x[mine].to(dtype) @ left[1].T @ right.T, found)
+        delta[mine] = lora.scaling[slot].to(dtype) * found
+    return delta
 
 
 def _rows(x: Tensor, w: Tensor | ExpertMatrix, dtype: torch.dtype, live: Tensor | None = None) -> Tensor:

@@ -13,6 +13,17 @@ ITEMSIZE: dict[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2, "float64"
 
 
 @dataclass(frozen=True, kw_only=True)
+class Adapters:
+    """What decides how adapters are run: their slots, the rank R that these are made for, and whether gate and up
+    have one A (``parts`` 1) or one each (2).
+    """
+
+    slots: int
+    rank: int
+    parts: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Gemm:
     """One of the two grouped GEMMs.
 
@@ -25,6 +36,7 @@ class Gemm:
         format: of a quantised expert matrix, else None.
         emulate: multiply codes in a wider type even where the device has theirs.
         rows_aligned: its rows are contiguous and start at multiples of 16 bytes.
+        rank: R of the adapters that are added to it, 0 without.
     """
 
     columns: int
@@ -35,6 +47,7 @@ class Gemm:
     format: Format | None = None
     emulate: bool = False
     rows_aligned: bool = True
+    rank: int = 0
 
     @property
     def inputs(self) -> Inputs | None:
@@ -75,6 +88,7 @@ class Problem:
     fp32_precision: Fp32Precision = "ieee"
     alone: bool = False  # the first GEMM is the whole call: its rows, each at its slot, are the output
     batch_invariant: bool = False  # a row's bits depend on its token alone
+    adapters: Adapters | None = None
 
     @property
     def slots(self) -> int:
@@ -111,6 +125,7 @@ class Problem:
             # Rows that the layer quantises itself lie in its workspace.
             rows_aligned=self.rows_aligned
             or (self.inputs_dtype is None and self.w13_format is not None and self.w13_format.inputs is not None),
+            rank=0 if self.adapters is None else self.adapters.rank,
         )
 
     @property
@@ -124,6 +139,7 @@ class Problem:
             dtype=self.dtype,
             format=self.w2_format,
             emulate=self.emulate,
+            rank=0 if self.adapters is None else self.adapters.rank,
         )
 
     @property

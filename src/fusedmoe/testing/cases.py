@@ -15,6 +15,7 @@ import torch
 from fusedmoe import schemes
 from fusedmoe.expert_matrix import ExpertMatrix
 from fusedmoe.functional import fused_experts, workspace_bytes
+from fusedmoe.lora import LoRA
 from fusedmoe.numerics import encode, pack, quantise_inputs
 from fusedmoe.reference.activations import activate
 from fusedmoe.schemes import SCHEMES, granularity_of
@@ -190,6 +191,10 @@ class Case:
         parts: 2: in a gated, concatenated w13 the blocks of scales start anew at the up rows; 1: they do not.
         codes: hidden states are codes with their scale, where the format of w13 has codes for them.
         emulate: the option of that name.
+        ranks: of the adapters, whose slots are made for 3 more than the largest; 0: a slot that is full of NaN. Half of
+            the tokens have none of them, or name a slot that is not there.
+        apart: gate and up have an A each.
+        shared: experts share A of w13 and B of w2.
     """
 
     tokens: int
@@ -212,6 +217,9 @@ class Case:
     parts: int = 2
     codes: bool = False
     emulate: bool = False
+    ranks: tuple[int, ...] = ()
+    apart: bool = True
+    shared: bool = False
 
     @classmethod
     def of(cls, shape: tuple[int, int, int, int, int], **options: Any) -> Case:
@@ -274,9 +282,39 @@ class Case:
             numbers, scale = quantise_inputs(x, inputs, w13.input_scale)
             x = numbers.to(getattr(torch, ELEMENTS[inputs.element].dtype))
             options |= {"hidden_states_scale": _poisoned(scale, self.pad), "dtype": dtype}
+        if self.ranks:
+            options |= self._adapters(n_rows, g)
         weights = torch.rand(self.tokens, self.top_k, generator=g, device=device) + 0.1
         router_dtype = getattr(torch, self.router_dtype)
         return (_poisoned(x, self.pad), w13, w2, weights.to(router_dtype), self._ids(n_global, g)), options
+
+    def _adapters(self, n_rows: int, g: torch.Generator) -> dict[str, Any]:
+        """Options lora and adapter_ids; what lies beyond a rank, or in an empty slot, is NaN."""
+        parts = 2 if self.apart and self.activation.gated else 1
+        slots, largest, one = len(self.ranks), max(self.ranks) + 3, 1 if self.shared else self.experts
+        shapes = (
+            (one, parts, largest, self.hidden),
+            (self.experts, n_rows, largest),
+            (self.experts, 1, largest, self.intermediate),
+            (one, self.hidden, largest),
+        )
+        tensors = []
+        for shape in shapes:
+            values = torch.randn(slots, *shape, generator=g, device=g.device)
+            of_a = len(shape) == 4
+            for slot, rank in enumerate(self.ranks):
+                values[slot] *= (shape[-1] if of_a else max(1, rank)) ** -0.5
+                (values[slot, :, :, rank:] if of_a else values[slot, ..., rank:]).fill_(float("nan"))
+            values = values.flatten(2, 3) if of_a else values
+            tensors.append(_poisoned(values.to(getattr(torch, self.dtype)), self.pad))
+        held = torch.tensor(self.ranks, dtype=torch.int32, device=g.device)
+        scaling = torch.rand(slots, generator=g, device=g.device) + 0.5
+        lora = LoRA(*tensors, rank=held, scaling=scaling)
+        ids = torch.randint(slots, (self.tokens,), generator=g, device=g.device)
+        none = torch.tensor([-1, -9, slots, 2**31 - 1], device=g.device)
+        others = none[torch.randint(4, (self.tokens,), generator=g, device=g.device)]
+        ids = torch.where(torch.rand(self.tokens, generator=g, device=g.device) < 0.5, ids, others)
+        return {"lora": lora, "adapter_ids": ids.to(getattr(torch, self.id_dtype))}
 
     def _matrix(self, index: int, n: int, k: int, g: torch.Generator) -> Any:
         form, transposed = self.formats[index], self.weight_layout == "KN"

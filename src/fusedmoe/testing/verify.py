@@ -158,6 +158,8 @@ def verify(out: Tensor, arguments: tuple[Any, ...], options: Mapping[str, Any]) 
         scale = options.get("hidden_states_scale")
         if scale is not None and scale.numel() > 1:
             options = {**options, "hidden_states_scale": scale[rows]}
+        if (adapter_ids := options.get("adapter_ids")) is not None:
+            options = {**options, "adapter_ids": adapter_ids[rows]}
     per_expert = math.prod(w13.shape[1:]) + math.prod(w2.shape[1:])
     exact = out.dtype == torch.float32 or topk_ids.numel() * per_expert <= SMALL
     dtype = torch.float64 if exact else torch.float32

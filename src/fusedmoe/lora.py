@@ -1,0 +1,338 @@
+"""Low-rank adapters of the experts: many at once, one or none per token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fusedmoe.errors import DeviceError, DTypeError, OptionError, ShapeError, explain
+
+MAX_RANK = 256
+MAX_SLOTS = 1024
+
+_MATRICES = ("w13_a", "w13_b", "w2_a", "w2_b")
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Adapter:
+    """One adapter of the experts of one layer; see :class:`LoRA` for what it does.
+
+    Every matrix has an expert dimension of E, or of 1 where all experts share it.
+
+    Attributes:
+        w13_a: [E, r, H], or [E, 2r, H] when gate and up have an A each: r rows for gate, then r for up.
+        w13_b: [E, rows of w13, r], its rows in the order of w13's.
+        w2_a: [E, r, I].
+        w2_b: [E, H, r].
+        scaling: what B A x is multiplied by: alpha / r in most checkpoints.
+    """
+
+    w13_a: Tensor
+    w13_b: Tensor
+    w2_a: Tensor
+    w2_b: Tensor
+    scaling: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Check that the matrices fit each other.
+
+        Raises:
+            ShapeError: they do not.
+        """
+        tensors = [getattr(self, name) for name in _MATRICES]
+        _check_shapes([tensor.unsqueeze(0) if tensor.dim() == 3 else tensor for tensor in tensors])
+
+    @property
+    def rank(self) -> int:
+        """Rank r."""
+        return self.w2_a.shape[1]
+
+    @property
+    def parts(self) -> int:
+        """2 when gate and up have an A each, else 1."""
+        return self.w13_a.shape[1] // self.rank
+
+
+class LoRA:
+    """Adapters of the experts of one layer, stacked in a fixed number of slots.
+
+    With a the adapter of token t, s its scaling, and e an expert of t, :func:`fusedmoe.fused_experts` computes with::
+
+        w13[e] @ x[t] + s[a] * w13_b[a, e] @ (w13_a[a, e] @ x[t])          for w13[e] @ x[t]
+        w2[e] @ h     + s[a] * w2_b[a, e] @ (w2_a[a, e] @ h)               for w2[e] @ h
+
+    before biases and router weight; x[t] and h are those that were not quantised. When gate and up have an A each, rows
+    0 .. R of w13_a are for the gate rows of w13_b, rows R .. 2R for its up rows. A x is rounded once to the type of the
+    layer, its scaling applied before.
+
+    A slot holds an adapter of any rank up to R; what lies beyond its rank, and in slots without an adapter, is never
+    used. :meth:`add` and :meth:`remove` write to tensors that stay where they are, in the order of the current stream:
+    nothing is compiled anew, and a CUDA graph of the layer replays with what the slots then hold.
+
+    Attributes:
+        w13_a: [slots, E or 1, R or 2R, H]; any strides, as of all four; a view of a slice of I is as good.
+        w13_b: [slots, E or 1, rows of w13, R].
+        w2_a: [slots, E or 1, R, I].
+        w2_b: [slots, E or 1, H, R].
+        scaling: [slots] float32.
+        rank: [slots] int32, the rank of the adapter in each slot; 0: none.
+        adapter_enabled: [slots] uint8, 0: as if the slot were empty; or None. A tensor that was given is used where it
+            lies, so that writing to it counts from the next call on.
+
+    >>> lora = LoRA.empty(4, num_experts=8, hidden_size=64, intermediate_size=96, max_rank=16)
+    >>> one = Adapter(w13_a=torch.randn(8, 2 * 3, 64), w13_b=torch.randn(8, 192, 3),
+    ...               w2_a=torch.randn(8, 3, 96), w2_b=torch.randn(8, 64, 3), scaling=0.5)
+    >>> lora.add(2, one)
+    >>> lora.rank.tolist()
+    [0, 0, 3, 0]
+    """
+
+    __slots__ = ("adapter_enabled", "rank", "scaling", "w2_a", "w2_b", "w13_a", "w13_b")
+
+    def __init__(
+        self,
+        w13_a: Tensor,
+        w13_b: Tensor,
+        w2_a: Tensor,
+        w2_b: Tensor,
+        *,
+        scaling: Tensor | None = None,
+        rank: Tensor | None = None,
+        adapter_enabled: Tensor | None = None,
+    ) -> None:
+        """Put together stacked tensors; they are used where they lie.
+
+        Args:
+            w13_a, w13_b, w2_a, w2_b: see the class; float32, float16 or bfloat16, all of one type.
+            scaling: [slots] float32; None: 1.
+            rank: [slots] int32; None: R in every slot.
+            adapter_enabled: [slots] bool, uint8 or int8; None: all.
+
+        Raises:
+            ShapeError, DTypeError, DeviceError: a tensor does not fit.
+        """
+        tensors = [w13_a, w13_b, w2_a, w2_b]
+        _check_shapes(tensors)
+        slots, device = w13_a.shape[0], w13_a.device
+        if scaling is None:
+            scaling = torch.ones(slots, dtype=torch.float32, device=device)
+        if rank is None:
+            rank = torch.full((slots,), w2_a.shape[2], dtype=torch.int32, device=device)
+        for name, tensor in zip(_MATRICES, tensors, strict=True):
+            _check_tensor(name, tensor, (w13_a.dtype,) if w13_a.dtype in _FLOATS else _FLOATS, device)
+        for name, vector, dtypes in (
+            ("scaling", scaling, (torch.float32,)),
+            ("rank", rank, (torch.int32,)),
+            ("adapter_enabled", adapter_enabled, (torch.bool, torch.uint8, torch.int8)),
+        ):
+            if vector is None:
+                continue
+            _check_tensor(name, vector, dtypes, device)
+            if tuple(vector.shape) != (slots,) or not vector.is_contiguous():
+                raise ShapeError(
+                    explain(
+                        f"{name} of LoRA",
+                        got=f"shape {tuple(vector.shape)}, strides {vector.stride()}",
+                        wanted=f"{(slots,)}, contiguous: one for each slot",
+                        do="Give each slot of w13_a one.",
+                    )
+                )
+        self.w13_a, self.w13_b, self.w2_a, self.w2_b = tensors
+        self.scaling, self.rank = scaling, rank
+        self.adapter_enabled = None if adapter_enabled is None else adapter_enabled.view(torch.uint8)
+
+    @classmethod
+    def empty(
+        cls,
+        slots: int,
+        *,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size: int,
+        max_rank: int,
+        gated: bool = True,
+        apart: bool = True,
+        dtype: torch.dtype | None = None,
+        device: str | torch.device | None = None,
+    ) -> LoRA:
+        """Slots without adapters.
+
+        Args:
+            slots: most adapters at once.
+            num_experts, hidden_size, intermediate_size: E, H and I of the layer.
+            max_rank: R.
+            gated: w13 has 2I rows.
+            apart: gate and up may have an A each; without a gate of no effect.
+            dtype, device: as of the layer's hidden states; torch's defaults when None.
+
+        Raises:
+            ShapeError: a size is not allowed.
+        """
+        parts, rows = 2 if gated and apart else 1, intermediate_size * (2 if gated else 1)
+
+        def new(*shape: int) -> Tensor:
+            return torch.empty(slots, num_experts, *shape, dtype=dtype, device=device)
+
+        return cls(
+            new(parts * max_rank, hidden_size),
+            new(rows, max_rank),
+            new(max_rank, intermediate_size),
+            new(hidden_size, max_rank),
+            rank=torch.zeros(slots, dtype=torch.int32, device=device),
+        )
+
+    @classmethod
+    def of(cls, adapters: Sequence[Adapter], *, slots: int | None = None, max_rank: int | None = None) -> LoRA:
+        """Slots of which the first hold these adapters, with the type and device of the first one's tensors.
+
+        Args:
+            adapters: at least one.
+            slots: how many; None: as many as there are adapters.
+            max_rank: R; None: the largest rank among them.
+
+        Raises:
+            OptionError: there are no adapters, or more than slots.
+            ShapeError: they do not fit each other.
+        """
+        slots = len(adapters) if slots is None else slots
+        if not 1 <= len(adapters) <= slots:
+            got, do = f"{len(adapters)} adapters for {slots} slots", "Use LoRA.empty for slots without adapters."
+            raise OptionError(explain("LoRA.of", got=got, wanted="1 to slots", do=do))
+        first = adapters[0]
+        parts = max(adapter.parts for adapter in adapters)
+        rank = max(adapter.rank for adapter in adapters) if max_rank is None else max_rank
+        tensors = []
+        for name in _MATRICES:
+            like: Tensor = getattr(first, name)
+            experts = max(getattr(adapter, name).shape[0] for adapter in adapters)
+            rows = {"w13_a": parts * rank, "w2_a": rank}.get(name, like.shape[1])
+            columns = rank if name.endswith("_b") else like.shape[2]
+            tensors.append(like.new_empty(slots, experts, rows, columns))
+        lora = cls(*tensors, rank=torch.zeros(slots, dtype=torch.int32, device=first.w2_a.device))
+        for slot, adapter in enumerate(adapters):
+            lora.add(slot, adapter)
+        return lora
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors, in the order in which the constructor takes them."""
+        tensors = [self.w13_a, self.w13_b, self.w2_a, self.w2_b, self.scaling, self.rank]
+        return tensors if self.adapter_enabled is None else [*tensors, self.adapter_enabled]
+
+    @property
+    def slots(self) -> int:
+        """Most adapters at once."""
+        return self.w13_a.shape[0]
+
+    @property
+    def max_rank(self) -> int:
+        """R, the largest rank that a slot holds."""
+        return self.w2_a.shape[2]
+
+    @property
+    def parts(self) -> int:
+        """2 when gate and up have an A each, else 1."""
+        return self.w13_a.shape[2] // self.max_rank
+
+    def add(self, slot: int, adapter: Adapter) -> None:
+        """Put an adapter into a slot, in place of what it holds; cast to the type of the slots.
+
+        Raises:
+            OptionError: there is no such slot.
+            ShapeError: the adapter does not fit the slots, or its rank is above R.
+        """
+        self._check_slot(slot)
+        rank = adapter.rank
+        if rank > self.max_rank:
+            do = f"Make the slots with max_rank={rank}."
+            raise ShapeError(explain("rank of the adapter", got=rank, wanted=f"at most {self.max_rank}", do=do))
+        if adapter.parts > self.parts:
+            got, do = "an A each for gate and up", "Make the slots with apart=True."
+            raise ShapeError(explain("w13_a of the adapter", got=got, wanted="slots with one A for both", do=do))
+        views = {
+            "w13_a": self.w13_a[slot].unflatten(1, (self.parts, self.max_rank))[:, :, :rank],
+            "w13_b": self.w13_b[slot, :, :, :rank],
+            "w2_a": self.w2_a[slot, :, :rank],
+            "w2_b": self.w2_b[slot, :, :, :rank],
+        }
+        for name, view in views.items():
+            value: Tensor = getattr(adapter, name)
+            if name == "w13_a":
+                value = value.unflatten(1, (adapter.parts, rank))
+            experts = value.shape[0]
+            if value.shape[-2:] != view.shape[-2:] or experts not in (1, view.shape[0]):
+                raise ShapeError(
+                    explain(
+                        f"{name} of the adapter",
+                        got=tuple(getattr(adapter, name).shape),
+                        wanted=f"what fits slots of {tuple(getattr(self, name).shape[1:])}",
+                        do="Adapters in slots must be of one layer.",
+                    )
+                )
+        for name, view in views.items():
+            value = getattr(adapter, name)
+            view.copy_(value.unflatten(1, (adapter.parts, rank)) if name == "w13_a" else value)
+        self.scaling[slot] = adapter.scaling
+        self.rank[slot] = rank
+
+    def remove(self, slot: int) -> None:
+        """Empty a slot; tokens that still name it have no adapter.
+
+        Raises:
+            OptionError: there is no such slot.
+        """
+        self._check_slot(slot)
+        self.rank[slot] = 0
+
+    def _check_slot(self, slot: int) -> None:
+        if not 0 <= slot < self.slots:
+            do = "Make the layer's LoRA with more slots."
+            raise OptionError(explain("slot", got=slot, wanted=f"0 to {self.slots - 1}", do=do))
+
+
+def _check_tensor(name: str, tensor: object, dtypes: tuple[torch.dtype, ...], device: torch.device) -> None:
+    if not isinstance(tensor, Tensor) or tensor.dtype not in dtypes:
+        got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+        wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise DTypeError(explain(f"{name} of LoRA", got=got, wanted=wanted, do=f"Cast {name}."))
+    if tensor.device != device:
+        do = f"Move it: {name}.to('{device}')."
+        raise DeviceError(explain(f"{name} of LoRA", got=f"a tensor on {tensor.device}", wanted=device, do=do))
+
+
+def _check_shapes(tensors: Sequence[object]) -> None:
+    """Shapes [slots, experts, ...] of the four matrices."""
+    for name, tensor in zip(_MATRICES, tensors, strict=True):
+        if not isinstance(tensor, Tensor) or tensor.dim() != 4 or 0 in tensor.shape:
+            got = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
+            wanted = "[slots, E, r, in] (A) or [slots, E, out, r] (B); of one adapter without slots"
+            raise ShapeError(explain(name, got=got, wanted=wanted, do="Stack experts and adapters."))
+    a13, b13, a2, b2 = (tuple(t.shape) for t in tensors if isinstance(t, Tensor))
+    slots, rank = a13[0], a2[2]
+    if slots > MAX_SLOTS or not 1 <= rank <= MAX_RANK:
+        got = f"{slots} slots of rank {rank}"
+        wanted = f"at most {MAX_SLOTS} slots, and a rank of 1 to {MAX_RANK}"
+        raise ShapeError(explain("LoRA", got=got, wanted=wanted, do="Use fewer slots, or a lower rank."))
+    gated = b13[2] == 2 * a2[3]
+    parts = (1, 2) if gated else (1,)
+    experts = {shape[1] for shape in (a13, b13, a2, b2)} - {1}
+    fits = {
+        "w13_a": a13[2] in [part * rank for part in parts],
+        "w13_b": b13[0] == slots and b13[2] in (a2[3], 2 * a2[3]) and b13[3] == rank,
+        "w2_a": a2[0] == slots,
+        "w2_b": b2[0] == slots and b2[2] == a13[3] and b2[3] == rank,
+    }
+    if not all(fits.values()) or len(experts) > 1:
+        wrong = next((name for name, fit in fits.items() if not fit), "w13_a")
+        raise ShapeError(
+            explain(
+                f"{wrong} of LoRA",
+                got=", ".join(f"{n} {s}" for n, s in zip(_MATRICES, (a13, b13, a2, b2), strict=True)),
+                wanted="w13_a [slots, E, R or 2R, H], w13_b [slots, E, rows of w13, R], w2_a [slots, E, R, I], "
+                "w2_b [slots, E, H, R], each with E or 1",
+                do="Pad adapters of other ranks with anything, and say their ranks in rank.",
+            )
+        )

@@ -1,0 +1,113 @@
+"""A layer with adapters, compiled for every target: no spills, and within shared memory. Needs no GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fusedmoe import LoRA, experts
+from fusedmoe.backends import triton as backend
+from fusedmoe.checks import check
+from fusedmoe.plan.planner import choose
+from fusedmoe.plan.validity import shared_bytes
+from fusedmoe.schemes import format_of
+from fusedmoe.settings import settings
+from fusedmoe.target import KNOWN
+from fusedmoe.testing import codegen
+from fusedmoe.testing.cases import storage_of
+from fusedmoe.testing.codegen import compiling_for
+
+if settings().interpret:
+    pytest.skip("compiles, so TRITON_INTERPRET must not be set", allow_module_level=True)
+
+#: (tokens, top_k, experts, hidden, intermediate): few slots, 16 rows, 64 rows, tall.
+SHAPES = {
+    "few": (1, 4, 128, 2048, 768),
+    "16 rows": (32, 8, 128, 2048, 768),
+    "64 rows": (512, 8, 128, 2048, 768),
+    "tall": (8192, 8, 64, 2048, 768),
+}
+
+
+#: ptxas stops at 128 or 168 registers, so that one more program fits, for this many bytes around a loop over adapters.
+SPILLED = 24
+
+
+def empty_matrix(scheme, shape, parts=1):
+    if scheme == "none":
+        return torch.empty(shape, dtype=torch.bfloat16)
+    from fusedmoe import ExpertMatrix
+
+    form = format_of(scheme)
+    tensors = {name: torch.empty(sizes, dtype=dtype) for name, (sizes, dtype) in storage_of(form, shape, parts).items()}
+    return ExpertMatrix(form, **tensors, parts=parts if form.block[0] > 1 else None)
+
+
+def compile_layer(target, shape, monkeypatch, scheme="none", rank=64, dtype=torch.bfloat16, **options):
+    tokens, top_k, n_experts, hidden, intermediate = shape
+    parts = 2 if options.get("gate_up_layout") != "interleaved" else 1
+    w13 = empty_matrix(scheme, (n_experts, 2 * intermediate, hidden), parts)
+    w2 = empty_matrix(scheme, (n_experts, hidden, intermediate))
+    if scheme == "none":
+        w13, w2 = w13.to(dtype), w2.to(dtype)
+    lora = LoRA.empty(
+        4, num_experts=n_experts, hidden_size=hidden, intermediate_size=intermediate, max_rank=rank, dtype=dtype
+    )
+    x, ids = torch.empty(tokens, hidden, dtype=dtype), torch.zeros(tokens, top_k, dtype=torch.int64)
+    adapters = {"lora": lora, "adapter_ids": torch.zeros(tokens, dtype=torch.int64)}
+    call = check(x, w13, w2, torch.empty(tokens, top_k), ids, **adapters, **options)
+    plan = choose(call.problem, KNOWN[target], "triton")
+    monkeypatch.setattr(backend, "target_of", lambda device: KNOWN[target])
+    with compiling_for(target) as compiled:
+        experts.run(call, plan)
+    return call.problem, plan.triton, compiled
+
+
+def gemms(compiled):
+    return [kernel for kernel in compiled if kernel.name == "grouped_gemm"]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("target", codegen.TARGETS)
+def test_no_spills_within_shared_memory(target, shape, monkeypatch):
+    dtype = torch.float16 if target == "sm_75" else torch.bfloat16
+    problem, plan, compiled = compile_layer(target, SHAPES[shape], monkeypatch, dtype=dtype)
+    assert len(gemms(compiled)) == 4  # two that shrink
+    assert [k.name for k in compiled].count("by_adapter") == plan.shrink.by_adapter
+    for kernel in compiled:
+        assert kernel.stack_bytes <= SPILLED, kernel
+        assert kernel.shared_bytes <= KNOWN[target].shared_bytes, kernel
+    _, gate_up, _, down = gemms(compiled)
+    assert gate_up.shared_bytes <= shared_bytes(plan.gate_up, problem.gate_up_gemm, KNOWN[target])
+    assert down.shared_bytes <= shared_bytes(plan.down, problem.down_gemm, KNOWN[target])
+
+
+@pytest.mark.parametrize("rank", [1, 16, 200])
+def test_ranks(rank, monkeypatch):
+    for shape in ("few", "tall"):
+        _, _, compiled = compile_layer("sm_90", SHAPES[shape], monkeypatch, rank=rank)
+        assert [k.name for k in compiled if k.stack_bytes > SPILLED] == []
+
+
+@pytest.mark.parametrize("scheme", ["fp8_block", "fp8_channel", "int8_w8a8", "int4_w4a16", "mxfp4"])
+def test_schemes(scheme, monkeypatch):
+    for shape in ("few", "64 rows", "tall"):
+        _, _, compiled = compile_layer("sm_90", SHAPES[shape], monkeypatch, scheme=scheme)
+        assert [(k.name, k.stack_bytes) for k in compiled if k.stack_bytes > SPILLED] == []
+
+
+def test_interleaved(monkeypatch):
+    options = {"gate_up_layout": "interleaved", "activation": "swigluoai"}
+    for shape in ("few", "tall"):
+        _, _, compiled = compile_layer("sm_90", SHAPES[shape], monkeypatch, **options)
+        assert [k.name for k in compiled if k.stack_bytes > SPILLED] == []
+
+
+def test_tokens_do_not_make_variants(monkeypatch):
+    """Numbers of tokens with one plan are compiled once."""
+    shape = SHAPES["tall"]
+    hashes = set()
+    for tokens in (8192, 8191, 8000):
+        _, _, compiled = compile_layer("sm_90", (tokens, *shape[1:]), monkeypatch)
+        hashes.add(tuple(k.asm["ttir"] for k in compiled))
+    assert len(hashes) == 1

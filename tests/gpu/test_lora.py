@@ -1,0 +1,110 @@
+"""Adapters on a GPU, at sizes with several tiles: the option grid, every scheme, other rows' bits, replay."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import fusedmoe
+from fusedmoe import LoRA
+from fusedmoe.schemes import SCHEMES, format_of
+from fusedmoe.testing.cases import OPTIONS, Case, pairwise, run_poisoned
+from fusedmoe.testing.verify import TOLERANCE, verify
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+    pytest.mark.filterwarnings("default"),
+]
+
+ADAPTERS = {
+    "ranks": ((1,), (3, 0, 8), (16, 16, 5, 0), (64,), (200, 3)),
+    "apart": (True, False),
+    "shared": (False, True),
+}
+SHAPES = [(1, 4, 16, 256, 192), (9, 3, 8, 264, 136), (300, 4, 16, 256, 192), (2100, 2, 8, 128, 512)]
+GRID = pairwise({"shape": SHAPES, **OPTIONS, **ADAPTERS})
+
+
+@pytest.mark.parametrize("row", range(len(GRID)))
+def test_option_grid(row):
+    case = Case.of(**GRID[row])
+    _, error = run_poisoned(case, "cuda", seed=row)
+    assert error < TOLERANCE[case.dtype], case
+
+
+def bare(options):
+    return {name: value for name, value in options.items() if name not in ("lora", "adapter_ids")}
+
+
+@pytest.mark.parametrize("scheme", ["none", *SCHEMES])
+@pytest.mark.parametrize("tokens", [6, 300, 3000])
+def test_schemes_and_rows_without_an_adapter(scheme, tokens):
+    """Within the bound of the scheme; and the other rows have the bits of the layer without adapters."""
+    form = None if scheme == "none" else format_of(scheme)
+    case = Case.of((tokens, 4, 8, 256, 384), formats=(form, form), ranks=(5, 0, 16, 64)).fitted()
+    out, error = run_poisoned(case, "cuda", "triton", seed=3)
+    assert error < case.tolerance
+    arguments, options = case.draw("cuda", seed=3)
+    base = fusedmoe.fused_experts(*arguments, backend="triton", **bare(options))
+    ids = options["adapter_ids"]
+    adapted = (ids == 0) | (ids == 2) | (ids == 3)
+    assert torch.equal(out[~adapted], base[~adapted])
+    assert not (out[adapted] == base[adapted]).all(1).any()
+
+
+@pytest.mark.parametrize("tokens", [3, 64, 700])
+def test_a_graph_replays_with_what_the_slots_then_hold(tokens):
+    """Other adapters, other tokens of theirs, slots filled and emptied: nothing is captured or compiled anew."""
+    case = Case.of((tokens, 4, 8, 256, 384), ranks=(16, 8))
+    arguments, options = case.draw("cuda")
+    lora, ids = options["lora"], options["adapter_ids"]
+    out = torch.empty_like(arguments[0])
+    fusedmoe.fused_experts(*arguments, out=out, **options)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        fusedmoe.fused_experts(*arguments, out=out, **options)
+    for seed in range(3):
+        other = case.draw("cuda", seed=seed + 1)[1]
+        for name in ("w13_a", "w13_b", "w2_a", "w2_b", "scaling"):
+            getattr(lora, name).copy_(getattr(other["lora"], name))
+        ids.copy_(other["adapter_ids"])
+        if seed == 2:
+            lora.remove(0)
+        out.fill_(float("nan"))
+        graph.replay()
+        torch.cuda.synchronize()
+        assert verify(out, arguments, options).ok
+
+
+@pytest.mark.parametrize("tokens", [3, 64, 700])
+def test_a_second_call_with_other_adapters(tokens):
+    """Calls alike are launched again: with the adapters of the second call, not those of the first."""
+    first, second = (
+        Case.of((tokens, 4, 8, 256, 384), ranks=(16, 8), ids="uniform").draw("cuda", seed=s) for s in (0, 1)
+    )
+    for arguments, options in (first, second, first):
+        assert verify(fusedmoe.fused_experts(*arguments, **options), arguments, options).ok
+    arguments, options = second
+    without = fusedmoe.fused_experts(*arguments, **bare(options))
+    assert verify(without, arguments, bare(options)).ok
+    assert verify(fusedmoe.fused_experts(*arguments, **options), arguments, options).ok
+
+
+def test_sixteen_adapters_of_a_known_size():
+    g = torch.Generator("cuda").manual_seed(0)
+    experts, hidden, intermediate, rank, slots, tokens = 32, 2048, 768, 64, 16, 2048
+
+    def draw(*sizes):
+        return torch.randn(sizes, dtype=torch.bfloat16, device="cuda", generator=g) * sizes[-1] ** -0.5
+
+    w13, w2 = draw(experts, 2 * intermediate, hidden), draw(experts, hidden, intermediate)
+    lora = LoRA(
+        draw(slots, experts, rank, hidden), draw(slots, experts, 2 * intermediate, rank),
+        draw(slots, experts, rank, intermediate), draw(slots, experts, hidden, rank),
+    )  # fmt: skip
+    x = torch.randn(tokens, hidden, dtype=torch.bfloat16, device="cuda", generator=g)
+    topk = fusedmoe.softmax_topk(torch.randn(tokens, experts, device="cuda", generator=g), 8, renormalize=True)
+    options = {"lora": lora, "adapter_ids": torch.randint(-1, slots, (tokens,), device="cuda", generator=g)}
+    arguments = (x, w13, w2, topk.weights, topk.ids)
+    assert verify(fusedmoe.fused_experts(*arguments, **options), arguments, options).ok
