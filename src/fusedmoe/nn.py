@@ -294,7 +294,8 @@ class FusedExperts(torch.nn.Module):
             form, halves = formats[name]
             data, *others = tensors
             kept = tensors, ExpertMatrix(form, data, parts=halves, **dict(zip(parts, others, strict=True)))
-            self._matrices[name] = kept
+            if not torch.compiler.is_compiling():  # torch.export's tensors are none of the layer's
+                self._matrices[name] = kept
         return kept[1]
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> FusedExperts:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -48,6 +49,7 @@ def names(checkpoint, monkeypatch, tmp_path):
         return load(checkpoint, **options)
 
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    monkeypatch.chdir(tmp_path)  # blocks write files
     ids = torch.tensor([[1, 2, 3]])
     weights, experts = fusedmoe.softmax_topk(torch.randn(6, SIZES["num_experts"]), 8, renormalize=True)
     hidden = torch.randn(6, SIZES["hidden_size"], dtype=torch.bfloat16)
@@ -66,9 +68,12 @@ def names(checkpoint, monkeypatch, tmp_path):
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.filterwarnings("default:.*treespec:FutureWarning")  # of AOTInductor's own loader
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.name)
 def test_every_block_of_code_runs(page, names):
     for code in blocks(page, "python"):
+        if "aoti" in code and shutil.which("g++") is None:
+            continue
         for theirs, ours in INSTEAD.items():
             code = code.replace(theirs, ours)  # noqa: PLW2901
         exec(compile(code, f"{page.name}: {code.splitlines()[0]}", "exec"), names)
