@@ -43,37 +43,38 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0.dev0"
 
+#: public name -> module, relative to this package, which may be loaded by another name
 _WHERE = {
-    "Activation": "fusedmoe.spec.activation",
-    "Adapter": "fusedmoe.lora",
-    "CaptureError": "fusedmoe.errors",
-    "CheckpointError": "fusedmoe.errors",
-    "DTypeError": "fusedmoe.errors",
-    "DeviceError": "fusedmoe.errors",
-    "ExpertMatrix": "fusedmoe.expert_matrix",
-    "FusedExperts": "fusedmoe.nn",
-    "FusedMoEError": "fusedmoe.errors",
-    "GradientError": "fusedmoe.errors",
-    "LayoutError": "fusedmoe.errors",
-    "LoRA": "fusedmoe.lora",
-    "MissingDependencyError": "fusedmoe.errors",
-    "OptionError": "fusedmoe.errors",
-    "ParallelError": "fusedmoe.errors",
-    "SCHEMES": "fusedmoe.schemes",
-    "ShapeError": "fusedmoe.errors",
-    "TopK": "fusedmoe.routers",
-    "UnsupportedError": "fusedmoe.errors",
-    "Warmup": "fusedmoe.warming",
-    "WorkspaceError": "fusedmoe.errors",
-    "expert_linear": "fusedmoe.linear",
-    "fused_experts": "fusedmoe.functional",
-    "quantize": "fusedmoe.quantization",
-    "reference": "fusedmoe.reference",
-    "sigmoid_topk": "fusedmoe.routers",
-    "softmax_topk": "fusedmoe.routers",
-    "topk_softmax": "fusedmoe.routers",
-    "warmup": "fusedmoe.warming",
-    "workspace_bytes": "fusedmoe.functional",
+    "Activation": ".spec.activation",
+    "Adapter": ".lora",
+    "CaptureError": ".errors",
+    "CheckpointError": ".errors",
+    "DTypeError": ".errors",
+    "DeviceError": ".errors",
+    "ExpertMatrix": ".expert_matrix",
+    "FusedExperts": ".nn",
+    "FusedMoEError": ".errors",
+    "GradientError": ".errors",
+    "LayoutError": ".errors",
+    "LoRA": ".lora",
+    "MissingDependencyError": ".errors",
+    "OptionError": ".errors",
+    "ParallelError": ".errors",
+    "SCHEMES": ".schemes",
+    "ShapeError": ".errors",
+    "TopK": ".routers",
+    "UnsupportedError": ".errors",
+    "Warmup": ".warming",
+    "WorkspaceError": ".errors",
+    "expert_linear": ".linear",
+    "fused_experts": ".functional",
+    "quantize": ".quantization",
+    "reference": ".reference",
+    "sigmoid_topk": ".routers",
+    "softmax_topk": ".routers",
+    "topk_softmax": ".routers",
+    "warmup": ".warming",
+    "workspace_bytes": ".functional",
 }
 
 __all__ = sorted(_WHERE)
@@ -82,7 +83,7 @@ __all__ = sorted(_WHERE)
 def __getattr__(name: str) -> object:
     if name not in _WHERE:
         raise AttributeError(f"module 'fusedmoe' has no attribute {name!r}; it has {', '.join(__all__)}")
-    module = importlib.import_module(_WHERE[name])
+    module = importlib.import_module(_WHERE[name], __name__)
     return module if name == "reference" else getattr(module, name)
 
 

@@ -8,7 +8,6 @@ An operator takes tensors and plain values only, so an expert matrix travels as 
 
 from __future__ import annotations
 
-from dataclasses import astuple
 from typing import Any
 
 import torch
@@ -61,7 +60,8 @@ def _lora(tensors: list[Tensor]) -> LoRA | None:
 
 def format_to_words(form: Format) -> list[str]:
     """A format as a list of words; the inverse of :func:`format_of_words`."""
-    inputs = ("", "", 0) if form.inputs is None else astuple(form.inputs)
+    rows = form.inputs  # no dataclasses.astuple: torch.export of 2.11 does not trace its copies
+    inputs = ("", "", 0) if rows is None else (rows.element, rows.mode, rows.group)
     return [
         *map(str, (form.scheme, form.element, *form.block, form.scale, int(form.zero), int(form.tensor_scale), *inputs))
     ]
