@@ -350,6 +350,9 @@ def _span(tensor: torch.Tensor) -> tuple[int, int]:
 
 def _check_workspace(workspace: torch.Tensor | None, **others: torch.Tensor | None) -> None:
     """No tensor of the call may lie in memory that the call scribbles on; what else it must be, its user says."""
+    if isinstance(workspace, tuple):  # what fusedmoe.modular makes of its two, when it has checked them
+        do = "Allocate torch.empty(fusedmoe.workspace_bytes(...), dtype=torch.uint8, device=...)."
+        raise DTypeError(explain("workspace", got="tuple", wanted="one uint8 tensor", do=do))
     if not isinstance(workspace, torch.Tensor) or workspace.layout != torch.strided or workspace.is_meta:
         return
     start, stop = _span(workspace)

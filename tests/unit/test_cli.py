@@ -374,6 +374,18 @@ def test_without_typer_or_rich_the_extra_is_named(monkeypatch, capsys, package):
     assert f"no package {package}" in said and 'pip install "fusedmoe[cli]"' in said
 
 
+@pytest.mark.parametrize("package", ["typer", "rich"])
+def test_env_needs_neither(monkeypatch, capsys, package):
+    monkeypatch.setattr(sys, "argv", ["fusedmoe", "env", "--json"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    wanted = capsys.readouterr().out
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setattr(sys, "argv", ["fusedmoe", "env"])
+    assert cli.main() == 0
+    assert capsys.readouterr().out == wanted
+
+
 @pytest.mark.parametrize("option", ["--hidden", "--beside", "--shape"])
 def test_a_pipe_that_nobody_writes_to_is_refused(option, plain, tmp_path):
     os.mkfifo(tmp_path / "pipe")

@@ -164,6 +164,11 @@ MISTAKES = {
         DTypeError,
         ["workspace", "uint8", "workspace_bytes"],
     ),
+    "a tuple of workspaces": (
+        {"workspace": (torch.empty(512, dtype=torch.uint8),) * 2},
+        DTypeError,
+        ["workspace", "tuple", "uint8", "workspace_bytes"],
+    ),
     "workspace of two dimensions": (
         {"workspace": torch.empty(2, 8, dtype=torch.uint8)},
         WorkspaceError,
