@@ -437,8 +437,16 @@ def test_missing_matrix(part, tmp_path):
 @pytest.mark.parametrize("part", ["gate_proj", "up_proj", "down_proj"])
 @pytest.mark.parametrize(
     "change",
-    [lambda t: t[:-1], lambda t: t.T.contiguous(), lambda t: t.half(), lambda t: t.int(), lambda t: t[None]],
-    ids=["smaller", "transposed", "half", "int", "3-D"],
+    [
+        lambda t: t[:-1],
+        lambda t: t.T.contiguous(),
+        lambda t: t.half(),
+        lambda t: t.int(),
+        lambda t: t[None],
+        lambda t: t[..., None].contiguous(),
+        lambda t: torch.stack([t] * 16, -1),
+    ],
+    ids=["smaller", "transposed", "half", "int", "3-D", "3-D, last", "trailing"],
 )
 def test_inconsistent_experts(part, change, tmp_path):
     tensors = separate()

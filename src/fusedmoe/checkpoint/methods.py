@@ -39,6 +39,7 @@ class Stored(NamedTuple):
         types: safetensors types that it may have.
         unit: rows and columns of weights that one element covers; 0: all of them.
         transposed: columns come first.
+        trailing: dimensions after rows and columns: the bytes of a block of mxfp4.
         decode: [rows, columns, ...] as stored, rows first, to canonical bytes; codes and zero points to as many rows
             as they are for.
         required: a projection without it is an error.
@@ -48,6 +49,7 @@ class Stored(NamedTuple):
     types: tuple[str, ...]
     unit: tuple[int, int] = (1, 1)
     transposed: bool = False
+    trailing: tuple[int, ...] = ()
     decode: Callable[[Tensor], Tensor] = _same
     required: bool = True
 
@@ -410,7 +412,7 @@ def _mxfp4(said: dict[str, Any], modules: tuple[str, ...]) -> Method:
         name="mxfp4",
         choices={"scheme": "mxfp4", "element": "e2m1"},
         parts={
-            "data": Stored(("_blocks",), ("U8",), (1, 32), decode=_flat),
+            "data": Stored(("_blocks",), ("U8",), (1, 32), trailing=(16,), decode=_flat),
             "scale": Stored(("_scales",), ("U8",), (1, 32)),
             "bias": _BIAS,
         },

@@ -137,14 +137,8 @@ class Projection:
         index: list[int | slice] = [] if self.tail is not None else [expert]
         index += [sides.pop(0) if sides and size != 1 else slice(None) for size in shape[len(index) :]]
         tensor = self.files.read(name, tuple(index))
-        trailing = self._trailing(part, shape)
-        tensor = tensor.reshape(len(ranges[0]), len(ranges[1]), *trailing)
+        tensor = tensor.reshape(len(ranges[0]), len(ranges[1]), *self.method.parts[part].trailing)
         return tensor.transpose(0, 1) if swapped else tensor
-
-    def _trailing(self, part: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Dimensions of a tensor after rows and columns: the bytes of a block of mxfp4."""
-        longer = len(shape) - (self.tail is None) - 2
-        return shape[-longer:] if part == "data" and longer > 0 else ()
 
     # --- checks ---------------------------------------------------------------------------------------------------
 
@@ -159,9 +153,9 @@ class Projection:
                 shape, kind = self.files.header(self.name(part, expert))
                 lead = () if self.tail is not None else (self.experts,)
                 own = shape[len(lead) :]
-                trailing = self._trailing(part, shape)
-                fits = shape[: len(lead)] == lead and _long(own) == _long((*counts, *trailing))
-                if not fits or kind != self.types[part] or (part == "data" and len(own) < 2) or 0 in shape:
+                fits = shape[: len(lead)] == lead and _long(own) == _long((*counts, *stored.trailing))
+                sides = part != "data" or len(own) == 2 + len(stored.trailing)
+                if not fits or not sides or kind != self.types[part] or 0 in shape:
                     raise _unfit(self, part, expert, first)
 
 
