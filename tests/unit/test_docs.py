@@ -48,9 +48,11 @@ def names(checkpoint, monkeypatch, tmp_path):
     def from_pretrained(_name, device_map=None, **options):
         return load(checkpoint, **options)
 
-    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", from_pretrained)
-    monkeypatch.chdir(tmp_path)  # blocks write files
     ids = torch.tensor([[1, 2, 3]])
+    encoding = transformers.BatchEncoding({"input_ids": ids})
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda _name: lambda _text, **_: encoding)
+    monkeypatch.chdir(tmp_path)  # blocks write files
     weights, experts = fusedmoe.softmax_topk(torch.randn(6, SIZES["num_experts"]), 8, renormalize=True)
     hidden = torch.randn(6, SIZES["hidden_size"], dtype=torch.bfloat16)
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
