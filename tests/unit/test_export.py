@@ -39,10 +39,16 @@ def export(module, strict=False):
     return torch.export.export(module, inputs(5), dynamic_shapes=({0: TOKENS},) * 3, strict=strict)
 
 
+def skip_where_torch_cannot_load(experts):
+    if torch.__version__ < "2.10" and not experts.w13.is_floating_point():
+        pytest.skip("torch 2.9 loads no parameter of integers")
+
+
 @pytest.mark.parametrize("strict", [False, True], ids=["traced", "strict"])
 @pytest.mark.parametrize("scheme", [None, *SCHEMES])
 def test_saved_and_loaded(scheme, strict, tmp_path):
     experts = layer(scheme, activation=fusedmoe.Activation("swigluoai", limit=2.0))
+    skip_where_torch_cannot_load(experts)
     torch.export.save(export(experts, strict), tmp_path / "layer.pt2")
     program = torch.export.load(tmp_path / "layer.pt2").module()
     with torch.inference_mode():
@@ -74,7 +80,7 @@ def test_compiled_ahead_of_time(scheme, tmp_path):
 
 def test_a_process_that_loads_imports_the_operators(tmp_path, python):
     path = tmp_path / "layer.pt2"
-    experts = layer("int8_w8a16")
+    experts = layer("fp8_w8a16")
     torch.export.save(export(experts), path)
     torch.save((inputs(7), experts(*inputs(7))), tmp_path / "wanted")
     load = (

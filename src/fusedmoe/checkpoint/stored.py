@@ -109,7 +109,8 @@ class Projection:
         first = range(min(rows), max(rows) + 1) if units is None else units
         tensor = stored.decode(self._read(part, expert, first, range(column[0], column[-1] + 1)))
         row = torch.tensor(rows) - (first.start if units is None else 0)
-        return tensor[row][:, torch.tensor(column) - column[0]]
+        plain = tensor.view(torch.uint8) if tensor.element_size() == 1 else tensor  # torch 2.9 indexes no float8
+        return plain[row][:, torch.tensor(column) - column[0]].view(tensor.dtype)
 
     def number(self, part: str, expert: int) -> Tensor:
         """A part that is one number, as float32 [1]."""
