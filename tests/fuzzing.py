@@ -94,6 +94,8 @@ NAMES = {
     "backend": st.one_of(st.sampled_from(["auto", "torch", "triton", "gluon_sm90"]), JUNK),
     "apply_router_weight_on_input": st.one_of(st.booleans(), JUNK),
     "emulate": st.one_of(st.booleans(), JUNK),
+    "batch_invariant": st.one_of(st.booleans(), JUNK),
+    "workspace_limit": NUMBERS,
     "global_num_experts": NUMBERS,
     "dtype": st.one_of(st.sampled_from(DTYPES), JUNK),
 }

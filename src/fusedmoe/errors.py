@@ -62,3 +62,9 @@ class ParallelError(FusedMoEError, RuntimeError):
 def explain(what: str, *, got: object, wanted: object, do: str) -> str:
     """Compose a message: ``what: got …; wanted …. do``."""
     return f"{what}: got {got}; wanted {wanted}. {do}"
+
+
+def require_integer(what: str, value: object, least: int, largest: int, *, do: str) -> None:
+    """Raise OptionError unless ``least <= value <= largest``, and no bool."""
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= largest:
+        raise OptionError(explain(what, got=repr(value), wanted=f"an integer from {least} to {largest}", do=do))

@@ -26,9 +26,9 @@ from torch import Tensor
 from fusedmoe import backends, experts
 from fusedmoe.backends.workspace import in_two, layout_bytes
 from fusedmoe.checks import check
-from fusedmoe.errors import DTypeError, LayoutError, OptionError, ShapeError, WorkspaceError, explain
+from fusedmoe.errors import DTypeError, LayoutError, OptionError, ShapeError, WorkspaceError, explain, require_integer
 from fusedmoe.expert_matrix import ExpertMatrix
-from fusedmoe.nn import FusedExperts
+from fusedmoe.nn import FLOATS, LARGEST, FusedExperts, require_tensor
 from fusedmoe.plan.config import Plan
 from fusedmoe.plan.heuristics import tokens_before_breaks
 from fusedmoe.plan.planner import choose
@@ -36,6 +36,9 @@ from fusedmoe.settings import settings
 from fusedmoe.spec.format import ELEMENTS, Inputs
 from fusedmoe.spec.problem import Problem
 from fusedmoe.target import target_of
+
+#: More than a call takes, and few enough that no product of sizes leaves 64 bits.
+MOST_TOKENS = 2**26
 
 
 class WorkspaceShapes(NamedTuple):
@@ -175,7 +178,18 @@ class Experts:
             codes: hidden states come with a scale.
             global_num_experts: length of the expert map that :meth:`apply` gets; None: that of the options, if any.
             expected_rows: as :meth:`apply` gets it.
+
+        Raises:
+            OptionError, DTypeError: a number or the type is none.
+            Others as :func:`fusedmoe.fused_experts`.
         """
+        do = "Pass the largest that calls will have."
+        require_integer("tokens", tokens, 0, MOST_TOKENS, do=do)
+        require_integer("top_k", top_k, 1, MOST_TOKENS, do=do)
+        if global_num_experts is not None:
+            require_integer("global_num_experts", global_num_experts, 1, LARGEST, do="Pass the map's length.")
+        if dtype not in FLOATS:
+            raise DTypeError(explain("dtype", got=repr(dtype), wanted=" or ".join(map(str, FLOATS)), do="See apply."))
         expert_map = None if batched else self.options.get("expert_map")
         if global_num_experts is not None and not batched:
             expert_map = torch.empty(global_num_experts, dtype=torch.int32, device=self.device)
@@ -233,6 +247,10 @@ class Experts:
             Others as fused_experts.
         """
         options = dict(self.options)
+        require_tensor("output", output)
+        require_tensor("hidden_states", hidden_states)
+        if hidden_states_scale is not None:
+            require_tensor("hidden_states_scale", hidden_states_scale)
         if expert_map is not None:
             options["expert_map"] = expert_map
         if counts is not None:
@@ -336,9 +354,8 @@ def _expecting(problem: Problem, expected_rows: int | None, *, sparse: bool) -> 
     problem = replace(problem, sparse=True) if sparse else problem
     if expected_rows is None:
         return problem
-    if not isinstance(expected_rows, int) or expected_rows < 1:
-        do = "Leave it out where every row may be used."
-        raise OptionError(explain("expected_rows", got=repr(expected_rows), wanted="an integer above 0", do=do))
+    do = "Leave it out where every row may be used."
+    require_integer("expected_rows", expected_rows, 1, MOST_TOKENS, do=do)
     return replace(problem, known_experts=max(problem.known_experts, -(-problem.slots // expected_rows)))
 
 

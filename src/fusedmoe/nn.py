@@ -178,7 +178,7 @@ class FusedExperts(torch.nn.Module):
             if isinstance(tensor, ExpertMatrix) and name in ("w13", "w2"):
                 continue
             if "bias" not in name or tensor is not None:
-                _require_tensor(name, tensor)
+                require_tensor(name, tensor)
                 _require_float(name, tensor)
         if len(w2.shape) != 3:
             raise ShapeError(
@@ -357,7 +357,7 @@ class FusedExperts(torch.nn.Module):
             ("out", out, False),
         ):
             if needed or tensor is not None:
-                _require_tensor(name, tensor)
+                require_tensor(name, tensor)
         lead = hidden_states.shape[:-1]
         tokens = math.prod(lead)
         for name, tensor in (("topk_weights", topk_weights), ("topk_ids", topk_ids), ("out", out)):
@@ -451,7 +451,8 @@ class _Formats(torch.nn.Module):
             raise OptionError(explain("formats of quantised experts in a state dict", got=got, wanted=own, do=do))
 
 
-def _require_tensor(name: str, value: object) -> None:
+def require_tensor(name: str, value: object) -> None:
+    """Raise DTypeError or LayoutError unless it is a dense tensor."""
     if not isinstance(value, torch.Tensor):
         got, do = type(value).__name__, "Convert it with torch.as_tensor."
         raise DTypeError(explain(name, got=got, wanted="a torch.Tensor", do=do))
@@ -474,7 +475,7 @@ def _check_storage(dtype: object, device: Any, expert_map: object) -> None:
     if device is not None:
         device_of(device)
     if expert_map is not None:
-        _require_tensor("expert_map", expert_map)
+        require_tensor("expert_map", expert_map)
 
 
 def _flat(out: torch.Tensor, tokens: int) -> torch.Tensor:

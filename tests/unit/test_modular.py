@@ -101,7 +101,7 @@ def test_a_token_without_a_row_is_nan_and_no_other_is():
 
 @pytest.mark.parametrize("rows", [0, -3, 2.5])
 def test_expected_rows_are_a_number(rows):
-    with pytest.raises(OptionError, match="expected_rows: got .*wanted an integer above 0"):
+    with pytest.raises(OptionError, match="expected_rows: got .*wanted an integer from 1"):
         layer().apply(**batched(), expected_rows=rows)
 
 

@@ -60,6 +60,7 @@ def test_copies_are_chosen_evenly_and_alike_in_every_run():
     [
         ((), ["placement", "every expert"]),
         (((0, 2),), ["no rank with expert 1"]),
+        (((0, 2**70),), ["no rank with expert 1"]),
         (((0, 1), (1, 1)), ["rank 1", "(1, 1)"]),
         (((0, -1),), ["placement", "-1"]),
     ],

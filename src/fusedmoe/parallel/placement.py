@@ -10,7 +10,10 @@ import torch
 from torch import Tensor
 
 from fusedmoe.backends.base import Places
-from fusedmoe.errors import OptionError, explain
+from fusedmoe.errors import OptionError, explain, require_integer
+
+#: Far more experts, or ranks, than there are.
+MOST = 2**20
 
 
 @dataclass(frozen=True)
@@ -30,15 +33,20 @@ class Placement:
         Raises:
             OptionError: an expert is nowhere, or twice on one rank, or no number.
         """
-        ranks = tuple(tuple(rank) for rank in self.experts)
-        object.__setattr__(self, "experts", ranks)
-        everywhere = [expert for rank in ranks for expert in rank]
         wanted = "every expert of 0 .. E - 1 on some rank, on none twice"
         do = "See Placement.contiguous for the usual one."
-        if not everywhere or not all(isinstance(e, int) and e >= 0 for e in everywhere):
+        try:
+            ranks = tuple(tuple(rank) for rank in self.experts)
+        except TypeError as error:
+            raise OptionError(explain("placement", got=repr(self.experts), wanted=wanted, do=do)) from error
+        object.__setattr__(self, "experts", ranks)
+        everywhere = [expert for rank in ranks for expert in rank]
+        if not everywhere or not all(isinstance(e, int) and e >= 0 and not isinstance(e, bool) for e in everywhere):
             raise OptionError(explain("placement", got=ranks, wanted=wanted, do=do))
-        if missing := sorted(set(range(max(everywhere) + 1)) - set(everywhere)):
-            raise OptionError(explain("placement", got=f"no rank with expert {missing[0]}", wanted=wanted, do=do))
+        present = set(everywhere)
+        missing = next(e for e in range(len(present) + 1) if e not in present)  # E, if none of 0 .. E - 1 is
+        if missing < len(present):
+            raise OptionError(explain("placement", got=f"no rank with expert {missing}", wanted=wanted, do=do))
         for number, rank in enumerate(ranks):
             if len(set(rank)) < len(rank):
                 raise OptionError(explain(f"placement of rank {number}", got=rank, wanted=wanted, do=do))
@@ -46,12 +54,19 @@ class Placement:
     @classmethod
     def contiguous(cls, num_experts: int, ranks: int) -> Placement:
         """Runs of experts, the first ``num_experts % ranks`` ranks with one more."""
+        for name, value in (("num_experts", num_experts), ("ranks", ranks)):
+            require_integer(name, value, 1, MOST, do="Pass the model's experts and the group's size.")
         each, more = divmod(num_experts, ranks)
         return cls.of_counts([each + (rank < more) for rank in range(ranks)])
 
     @classmethod
     def of_counts(cls, counts: Sequence[int]) -> Placement:
         """Runs of experts, as long as ``counts`` says for each rank."""
+        if not isinstance(counts, Sequence):
+            do = "Pass how many experts each rank has."
+            raise OptionError(explain("counts", got=repr(counts), wanted="a sequence of integers", do=do))
+        for rank, count in enumerate(counts):
+            require_integer(f"count of rank {rank}", count, 0, MOST, do="Pass how many experts the rank has.")
         ends = itertools.accumulate(counts, initial=0)
         return cls(tuple(tuple(range(a, b)) for a, b in itertools.pairwise(ends)))
 

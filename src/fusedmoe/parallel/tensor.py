@@ -77,7 +77,7 @@ def intermediate_slice(layer: Experts, start: int, stop: int) -> Experts:
     if stored == "KN":
         w13, w2 = w13.transpose(1, 2), w2.transpose(1, 2)
     size = w2.shape[2]
-    if not 0 <= start < stop <= size:
+    if not all(isinstance(end, int) for end in (start, stop)) or not 0 <= start < stop <= size:
         do = "Divide I among the ranks."
         raise ShapeError(explain("intermediate_slice", got=(start, stop), wanted=f"within 0 .. {size}", do=do))
 
