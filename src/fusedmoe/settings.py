@@ -21,6 +21,7 @@ class Settings:
             more tokens than fit are done in chunks. None: no limit.
         batch_invariant: ``FUSEDMOE_BATCH_INVARIANT``: calls that do not say give a row bits that depend on its token
             alone; see :func:`fusedmoe.fused_experts`.
+        vllm: ``FUSEDMOE_VLLM``: where vLLM loads its plugins, its Triton experts are replaced by this library's.
         interpret: ``TRITON_INTERPRET``: Triton kernels run on the CPU, in Triton's interpreter.
     """
 
@@ -28,6 +29,7 @@ class Settings:
     shared_memory_cap: int | None = None
     workspace_limit: int | None = None
     batch_invariant: bool = False
+    vllm: bool = False
     interpret: bool = False
 
 
@@ -54,5 +56,6 @@ def settings() -> Settings:
         shared_memory_cap=_integer("FUSEDMOE_SHARED_MEMORY_CAP"),
         workspace_limit=_integer("FUSEDMOE_WORKSPACE_LIMIT"),
         batch_invariant=_yes("FUSEDMOE_BATCH_INVARIANT"),
+        vllm=_yes("FUSEDMOE_VLLM"),
         interpret=_yes("TRITON_INTERPRET"),
     )

@@ -1,0 +1,240 @@
+"""vLLM: this library's experts in the place of its Triton experts, 0.22.1 to 0.33.
+
+A plugin of vLLM (entry point ``vllm.general_plugins``), which does nothing unless ``FUSEDMOE_VLLM=1`` is set::
+
+    FUSEDMOE_VLLM=1 vllm serve Qwen/Qwen3-30B-A3B --moe-backend triton
+
+``TritonExperts`` and ``TritonWNA16Experts`` are then subclasses of themselves, whose ``apply`` is
+:func:`fusedmoe.fused_experts`: wherever vLLM chooses them, by itself or because it was told to, the experts run here.
+What they cannot take (LoRA of vLLM's own, emulated quantisation, a form of scales that they do not know) runs in vLLM's
+class as before, with its own workspaces; the reason is logged once.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.metadata
+import logging
+from typing import Any
+
+from torch import Tensor
+
+from fusedmoe.errors import FusedMoEError
+from fusedmoe.expert_matrix import ExpertMatrix
+from fusedmoe.functional import fused_experts
+from fusedmoe.settings import settings
+from fusedmoe.spec.activation import TABLE, Activation
+
+#: Versions of vLLM whose experts classes were looked at.
+FIRST, LAST = (0, 22, 1), (0, 33)
+NAMES = ("TritonExperts", "TritonWNA16Experts")
+_MODULE = "vllm.model_executor.layers.fused_moe.experts.triton_moe"
+#: Whose gate and up rows alternate in vLLM.
+_INTERLEAVED = "swigluoai"
+
+_log = logging.getLogger("fusedmoe.vllm")
+
+
+def register() -> None:
+    """Replace vLLM's Triton experts, where the settings ask for it; a second call changes nothing.
+
+    A vLLM of another version, or without these classes, is left as it is, with a warning.
+    """
+    if not settings().vllm:
+        return
+    try:
+        version = importlib.metadata.version("vllm")
+    except importlib.metadata.PackageNotFoundError:
+        version = "none"
+    numbers = tuple(int(part) for part in version.split("+")[0].split(".")[:3] if part.isdecimal())
+    if not (numbers >= FIRST and numbers[:2] <= LAST):
+        wanted = f"{'.'.join(map(str, FIRST))} to {'.'.join(map(str, LAST))}"
+        _log.warning("FUSEDMOE_VLLM: got vLLM %s; wanted %s. Its experts are left as they are.", version, wanted)
+        return
+    try:
+        module = importlib.import_module(_MODULE)
+        found = {name: getattr(module, name) for name in NAMES}
+    except (ImportError, AttributeError) as cause:
+        _log.warning(
+            "FUSEDMOE_VLLM: got %s; wanted %s in %s. Nothing is replaced.", cause, " and ".join(NAMES), _MODULE
+        )
+        return
+    package = importlib.import_module(_MODULE.rpartition(".experts.")[0])
+    for name, base in found.items():
+        if getattr(base, "runs_fusedmoe", False):
+            continue
+        ours = experts_class(base)
+        for place in (module, package):
+            if getattr(place, name, None) is base:
+                setattr(place, name, ours)
+    _log.info("FUSEDMOE_VLLM: %s of vLLM %s run on fusedmoe.", " and ".join(NAMES), version)
+
+
+def experts_class(base: Any) -> Any:
+    """A subclass of one of vLLM's Triton experts that runs here what it can, and the rest as its base does."""
+
+    class Experts(base):  # type: ignore[misc]
+        runs_fusedmoe = True
+
+        def workspace_shapes(self, M: int, N: int, K: int, *args: Any, **kwargs: Any) -> Any:
+            """None but the output: a call allocates what it needs, in the graph's pool when it is captured."""
+            activation = kwargs["activation"] if "activation" in kwargs else args[-1]
+            if why_not(self, activation):
+                return super().workspace_shapes(M, N, K, *args, **kwargs)
+            return (0,), (0,), (M, K)
+
+        def apply(
+            self,
+            output: Tensor,
+            hidden_states: Tensor,
+            w1: Tensor,
+            w2: Tensor,
+            topk_weights: Tensor,
+            topk_ids: Tensor,
+            activation: Any,
+            global_num_experts: int,
+            expert_map: Tensor | None,
+            a1q_scale: Tensor | None,
+            a2_scale: Tensor | None,
+            workspace13: Tensor,
+            workspace2: Tensor,
+            expert_tokens_meta: Any,
+            apply_router_weight_on_input: bool,
+        ) -> Any:
+            if reason := why_not(self, activation):
+                _say(type(self).__mro__[1].__name__, reason)
+                return super().apply(
+                    output=output,
+                    hidden_states=hidden_states,
+                    w1=w1,
+                    w2=w2,
+                    topk_weights=topk_weights,
+                    topk_ids=topk_ids,
+                    activation=activation,
+                    global_num_experts=global_num_experts,
+                    expert_map=expert_map,
+                    a1q_scale=a1q_scale,
+                    a2_scale=a2_scale,
+                    workspace13=workspace13,
+                    workspace2=workspace2,
+                    expert_tokens_meta=expert_tokens_meta,
+                    apply_router_weight_on_input=apply_router_weight_on_input,
+                )
+            w13, down = self._fusedmoe_matrices(w1, w2, gated=_of(self, activation).gated)
+            fused_experts(
+                hidden_states,
+                w13,
+                down,
+                topk_weights,
+                topk_ids,
+                hidden_states_scale=a1q_scale,
+                dtype=None if a1q_scale is None else output.dtype,
+                activation=_of(self, activation),
+                gate_up_layout="interleaved" if activation.value == _INTERLEAVED else "concatenated",
+                w13_bias=self.quant_config.w1_bias,
+                w2_bias=self.quant_config.w2_bias,
+                apply_router_weight_on_input=apply_router_weight_on_input,
+                expert_map=expert_map,
+                batch_invariant=_batch_invariant(),
+                out=output,
+            )
+            return None
+
+        def _fusedmoe_matrices(self, w1: Tensor, w2: Tensor, *, gated: bool) -> tuple[Any, Any]:
+            """Both matrices; made anew when a tensor is another one, for vLLM may move or reload weights."""
+            config = self.quant_config
+            parts = (w1, w2, config.w1_scale, config.w2_scale, config.w1_zp, config.w2_zp)
+            key = tuple(None if t is None else (t.data_ptr(), t.shape, t.stride(), t.dtype) for t in parts)
+            if getattr(self, "_fusedmoe_key", None) != key:
+                self._fusedmoe_made = matrices(config, w1, w2, gated=gated)
+                self._fusedmoe_key = key
+            return self._fusedmoe_made
+
+    Experts.__name__ = Experts.__qualname__ = base.__name__
+    Experts.__doc__ = base.__doc__
+    return Experts
+
+
+def why_not(experts: Any, activation: Any) -> str | None:
+    """Why vLLM's own class runs this; None where it runs here. The same for every call of a layer."""
+    config = experts.quant_config
+    if getattr(experts.moe_config, "is_lora_enabled", False) or getattr(experts, "_lora_context", None) is not None:
+        return "adapters are vLLM's own"
+    if getattr(experts, "quantization_emulation", False):
+        return "quantisation is emulated"
+    if activation.value not in TABLE or activation.value == "situ":
+        return f"activation {activation.value} is unknown here"
+    if activation.value != "silu" and _limit(experts) is not None:
+        return f"activation {activation.value} with a limit is unknown here"
+    if kind_of(config) is None:
+        return f"weights of {config.weight_quant_dtype} with rows of {config.quant_dtype} are unknown here"
+    return None
+
+
+def kind_of(config: Any) -> tuple[str, dict[str, Any]] | None:
+    """Scheme and choices of a ``FusedMoEQuantConfig``; ("none", {}) of one without quantisation; None: unknown."""
+    block = config.block_shape
+    if config.quant_dtype is None and config.weight_quant_dtype is None:
+        return "none", {}
+    if config.use_fp8_w8a8 or config.use_int8_w8a8:
+        code = "fp8" if config.use_fp8_w8a8 else "int8_w8a8"
+        if block is not None:
+            return (f"{code}_block" if code == "fp8" else code), {"block": tuple(block), "inputs": "group"}
+        mode = "token" if config.per_act_token_quant else "tensor" if config.a1_scale is None else "static"
+        if code == "int8_w8a8":
+            return code, {"inputs": mode}
+        n_experts = config.w1_scale.shape[0]
+        whole = config.w1_scale.numel() == n_experts and config.w2_scale.numel() == n_experts
+        return ("fp8_tensor" if whole else "fp8_channel"), {"inputs": mode}
+    if config.use_int8_w8a16:
+        return "int8_w8a16", {}
+    if config.use_int4_w4a16:
+        return "int4_w4a16", {}
+    return None
+
+
+def matrices(config: Any, w1: Tensor, w2: Tensor, *, gated: bool) -> tuple[Any, Any]:
+    """w13 and w2 as this library takes them, from the tensors of a vLLM layer; nothing is copied.
+
+    Raises:
+        FusedMoEError: scales or zero points do not fit the weights.
+    """
+    found = kind_of(config)
+    if found is None:
+        raise FusedMoEError("a quantisation that why_not refuses")
+    scheme, choices = found
+    if scheme == "none":
+        return w1, w2
+    blocks = "block" in choices
+
+    def matrix(w: Tensor, scale: Tensor, zero: Tensor | None, input_scale: Tensor | None, parts: int) -> ExpertMatrix:
+        if choices.get("inputs") != "static":
+            input_scale = None
+        return ExpertMatrix(scheme, w, scale, zero=zero, input_scale=input_scale, parts=parts, **choices)
+
+    return (
+        matrix(w1, config.w1_scale, config.w1_zp, config.a1_scale, 2 if gated and blocks else 1),
+        matrix(w2, config.w2_scale, config.w2_zp, config.a2_scale, 1),
+    )
+
+
+def _limit(experts: Any) -> float | None:
+    config = getattr(experts, "activation_config", None)
+    limit = experts.quant_config.gemm1_clamp_limit if config is None else config.clamp_limit
+    return None if limit is None else float(limit)
+
+
+def _of(experts: Any, activation: Any) -> Activation:
+    limit = _limit(experts) if activation.value == "silu" else None
+    return Activation(activation.value, limit=limit)
+
+
+def _batch_invariant() -> bool | None:
+    """The setting of vLLM, where it is on."""
+    return bool(getattr(importlib.import_module("vllm.envs"), "VLLM_BATCH_INVARIANT", False)) or None
+
+
+@functools.cache
+def _say(name: str, reason: str) -> None:
+    _log.info("FUSEDMOE_VLLM: a layer runs in vLLM's own %s: %s.", name, reason)

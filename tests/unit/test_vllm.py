@@ -1,0 +1,360 @@
+"""The plugin of vLLM: against a stand-in with the signatures of 0.22.1, and against vLLM where it is installed."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import importlib
+import importlib.metadata
+import importlib.util
+import logging
+import sys
+import types
+
+import pytest
+import torch
+
+import fusedmoe
+from fusedmoe.integrations import vllm as plugin
+from fusedmoe.settings import Settings
+from fusedmoe.testing.verify import relative_error
+
+E, H, I, T, K = 6, 256, 128, 9, 3
+
+
+class Activation(enum.Enum):
+    SILU = "silu"
+    GELU = "gelu"
+    SWIGLUOAI = "swigluoai"
+    SWIGLUSTEP = "swiglustep"
+    RELU2_NO_MUL = "relu2_no_mul"
+    UNKNOWN = "swigluoai_uninterleave"
+
+
+@dataclasses.dataclass
+class Config:
+    """What the plugin reads of a FusedMoEQuantConfig."""
+
+    quant_dtype: object = None
+    weight_quant_dtype: object = None
+    block_shape: list[int] | None = None
+    per_act_token_quant: bool = False
+    w1_scale: torch.Tensor | None = None
+    w2_scale: torch.Tensor | None = None
+    w1_zp: torch.Tensor | None = None
+    w2_zp: torch.Tensor | None = None
+    w1_bias: torch.Tensor | None = None
+    w2_bias: torch.Tensor | None = None
+    a1_scale: torch.Tensor | None = None
+    a2_scale: torch.Tensor | None = None
+    gemm1_clamp_limit: float | None = None
+
+    @property
+    def use_fp8_w8a8(self):
+        return self.quant_dtype == torch.float8_e4m3fn
+
+    @property
+    def use_int8_w8a8(self):
+        return self.quant_dtype == torch.int8
+
+    @property
+    def use_int8_w8a16(self):
+        return self.quant_dtype is None and self.weight_quant_dtype == torch.int8
+
+    @property
+    def use_int4_w4a16(self):
+        return self.quant_dtype is None and self.weight_quant_dtype == "int4"
+
+
+class TritonExperts:
+    """The methods of vLLM's that the plugin's class has in common with it, and what they were called with."""
+
+    def __init__(self, config, **moe):
+        self.quant_config, self.moe_config = config, types.SimpleNamespace(is_lora_enabled=False, **moe)
+        self.called = 0
+
+    def workspace_shapes(self, M, N, K, topk, global_num_experts, local_num_experts, expert_tokens_meta, activation):
+        return (M, topk, max(N // 2, K)), (M, topk, max(N, K)), (M, K)
+
+    def apply(
+        self, output, hidden_states, w1, w2, topk_weights, topk_ids, activation, global_num_experts, expert_map,
+        a1q_scale, a2_scale, workspace13, workspace2, expert_tokens_meta, apply_router_weight_on_input,
+    ):  # fmt: skip
+        self.called += 1
+        return "base"
+
+
+class TritonWNA16Experts(TritonExperts):
+    pass
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    """Modules of those names, with those classes."""
+    names = ["vllm", "vllm.envs"]
+    path = plugin._MODULE.split(".")
+    names += [".".join(path[: i + 1]) for i in range(1, len(path))]
+    for name in names:
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    module = sys.modules[plugin._MODULE]
+    package = sys.modules[plugin._MODULE.rpartition(".experts.")[0]]
+    for place in (module, package):
+        place.TritonExperts, place.TritonWNA16Experts = TritonExperts, TritonWNA16Experts
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.22.1")
+    monkeypatch.setattr(plugin, "settings", lambda: Settings(vllm=True))
+    return module, package
+
+
+def test_nothing_happens_unless_asked_for(stand_in, monkeypatch):
+    monkeypatch.setattr(plugin, "settings", Settings)
+    plugin.register()
+    assert stand_in[0].TritonExperts is TritonExperts
+
+
+def test_both_classes_are_replaced_once_wherever_they_are_named(stand_in):
+    plugin.register()
+    module, package = stand_in
+    first = module.TritonExperts, module.TritonWNA16Experts
+    assert first == (package.TritonExperts, package.TritonWNA16Experts)
+    assert all(
+        ours.runs_fusedmoe and ours is not base
+        for ours, base in zip(first, (TritonExperts, TritonWNA16Experts), strict=True)
+    )
+    assert issubclass(first[0], TritonExperts) and issubclass(first[1], TritonWNA16Experts)
+    assert first[0].__name__ == "TritonExperts"
+    plugin.register()
+    assert (module.TritonExperts, module.TritonWNA16Experts) == first
+
+
+@pytest.mark.parametrize(("version", "replaced"), [
+    ("0.22.0", False), ("0.22.1", True), ("0.22.1+cu130", True), ("0.33.0", True), ("0.33.2rc1", True),
+    ("0.34.0", False), ("dev", False),
+])  # fmt: skip
+def test_versions(stand_in, version, replaced, monkeypatch, caplog):
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
+    with caplog.at_level(logging.WARNING, "fusedmoe.vllm"):
+        plugin.register()
+    assert (stand_in[0].TritonExperts is not TritonExperts) == replaced
+    assert replaced or f"got vLLM {version}; wanted 0.22.1 to 0.33" in caplog.text
+
+
+def test_a_vllm_without_these_classes_is_left_alone(stand_in, caplog):
+    del stand_in[0].TritonWNA16Experts
+    plugin.register()
+    assert stand_in[0].TritonExperts is TritonExperts
+    assert "wanted TritonExperts and TritonWNA16Experts" in caplog.text
+
+
+def test_no_vllm_at_all(monkeypatch, caplog):
+    def none(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", none)
+    monkeypatch.setattr(plugin, "settings", lambda: Settings(vllm=True))
+    plugin.register()
+    assert "got vLLM none" in caplog.text
+
+
+def test_the_entry_point_is_declared():
+    (found,) = (e for e in importlib.metadata.entry_points(group="vllm.general_plugins") if e.name == "fusedmoe")
+    assert found.load() is plugin.register
+
+
+#: What vLLM's layers hand over: name -> (scheme and choices, kind of the rows' scale).
+FORMS = {
+    "none": (None, None),
+    "fp8_block": (("fp8_block", {}), "block"),
+    "fp8_channel": (("fp8_channel", {}), "token"),
+    "fp8_tensor, per token": (("fp8_tensor", {}), "token"),
+    "fp8_tensor, dynamic": (("fp8_tensor", {"inputs": "tensor"}), "tensor"),
+    "fp8_tensor, static": (("fp8_tensor", {"inputs": "static"}), "static"),
+    "int8_w8a8": (("int8_w8a8", {}), "token"),
+    "int8_w8a16": (("int8_w8a16", {"group": -1}), None),
+    "int4_w4a16": (("int4_w4a16", {"group": 64}), None),
+    "int4_w4a16, zero points": (("int4_w4a16", {"group": 64, "zero": True}), None),
+}
+
+
+def layer_of(form, gated=True, dtype=torch.bfloat16):
+    """A config, two tensors of codes as vLLM has them, and the same matrices for the reference."""
+    choice, rows = FORMS[form]
+    generator = torch.Generator().manual_seed(0)
+    w13 = torch.randn(E, I * (2 if gated else 1), H, generator=generator) / H**0.5
+    w2 = torch.randn(E, H, I, generator=generator) / I**0.5
+    if choice is None:
+        return Config(), w13.to(dtype), w2.to(dtype), (w13.to(dtype), w2.to(dtype))
+    scheme, options = choice
+    static = {"input_scale": torch.tensor(0.02)} if rows == "static" else {}
+    matrices = [
+        fusedmoe.quantize(w, scheme, parts=parts, **options, **static)
+        for w, parts in ((w13, 2 if gated and scheme == "fp8_block" else 1), (w2, 1))
+    ]
+    a, b = matrices
+    kind = None if rows is None else torch.int8 if scheme == "int8_w8a8" else torch.float8_e4m3fn
+    config = Config(
+        quant_dtype=kind,
+        weight_quant_dtype="int4" if scheme == "int4_w4a16" else torch.int8 if scheme == "int8_w8a16" else kind,
+        block_shape=[128, 128] if rows == "block" else None,
+        per_act_token_quant=rows == "token",
+        w1_scale=a.scale.flatten() if scheme == "fp8_tensor" else a.scale,
+        w2_scale=b.scale.flatten() if scheme == "fp8_tensor" else b.scale,
+        w1_zp=a.zero,
+        w2_zp=b.zero,
+        a1_scale=a.input_scale,
+        a2_scale=b.input_scale,
+    )
+    return config, a.data, b.data, (a, b)
+
+
+def quantised_rows(x, form, config):
+    """Rows as vLLM's prepare step hands them to the experts."""
+    rows = FORMS[form][1]
+    if rows is None:
+        return x, None
+    x = x.float()
+    largest = 127.0 if config.quant_dtype == torch.int8 else 448.0
+    grouped = x.unflatten(1, (-1, 128)) if rows == "block" else x.unsqueeze(1)
+    if rows == "static":
+        scale = config.a1_scale.reshape(1, 1)
+        codes = x / scale
+    elif rows == "tensor":
+        scale = (x.abs().max() / largest).reshape(1, 1)
+        codes = x / scale
+    else:
+        scale = grouped.abs().amax(2) / largest
+        codes = (grouped / scale[..., None]).flatten(1)
+    codes = codes.clamp(-largest, largest)
+    return (codes.round() if largest == 127 else codes).to(config.quant_dtype), scale
+
+
+def call(experts, w1, w2, x, scale, activation=Activation.SILU, **changes):
+    generator = torch.Generator().manual_seed(1)
+    weights = torch.rand(T, K, generator=generator)
+    ids = torch.randint(E, (T, K), generator=generator, dtype=torch.int32)
+    output = torch.full((T, H), float("nan"), dtype=torch.bfloat16)
+    shapes = experts.workspace_shapes(T, w1.shape[1], H, K, E, E, None, activation)
+    arguments = {
+        "output": output, "hidden_states": x, "w1": w1, "w2": w2, "topk_weights": weights, "topk_ids": ids,
+        "activation": activation, "global_num_experts": -1, "expert_map": None, "a1q_scale": scale, "a2_scale": None,
+        "workspace13": output.view(-1), "workspace2": torch.empty(0, dtype=torch.bfloat16), "expert_tokens_meta": None,
+        "apply_router_weight_on_input": False,
+    }  # fmt: skip
+    arguments |= changes
+    return experts.apply(**arguments), output, weights, arguments["topk_ids"], shapes
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_scheme_that_vllm_has(stand_in, form):
+    config, w1, w2, matrices = layer_of(form)
+    experts = plugin.experts_class(TritonExperts)(config)
+    x = torch.randn(T, H, generator=torch.Generator().manual_seed(2), dtype=torch.bfloat16)
+    rows, scale = quantised_rows(x, form, config)
+    result, output, weights, ids, shapes = call(experts, w1, w2, rows, scale)
+    assert result is None and not experts.called
+    assert shapes == ((0,), (0,), (T, H))
+    extra = {} if scale is None else {"hidden_states_scale": scale}
+    want = fusedmoe.reference.fused_experts(rows, *matrices, weights, ids, **extra)
+    assert relative_error(output, want) < 2.0**-6
+    made = experts._fusedmoe_made
+    call(experts, w1, w2, rows, scale)
+    assert experts._fusedmoe_made is made  # not put together anew
+    if form != "none":
+        assert made[0].data.data_ptr() == w1.data_ptr()
+        call(experts, w1.clone(), w2, rows, scale)
+        assert experts._fusedmoe_made is not made
+
+
+@pytest.mark.parametrize("activation", [a for a in Activation if a.value != "swigluoai_uninterleave"])
+def test_activations(stand_in, activation):
+    gated = not activation.value.endswith("_no_mul")
+    config, w1, w2, matrices = layer_of("none", gated)
+    config.w1_bias, config.w2_bias = torch.randn(E, w1.shape[1]), torch.randn(E, H)
+    if activation == Activation.SILU:
+        config.gemm1_clamp_limit = 0.5
+    experts = plugin.experts_class(TritonExperts)(config)
+    x = torch.randn(T, H, dtype=torch.bfloat16)
+    _, output, weights, ids, _ = call(experts, w1, w2, x, None, activation)
+    ours = fusedmoe.Activation(activation.value, limit=0.5 if activation == Activation.SILU else None)
+    want = fusedmoe.reference.fused_experts(
+        x, *matrices, weights, ids, activation=ours, w13_bias=config.w1_bias, w2_bias=config.w2_bias,
+        gate_up_layout="interleaved" if activation == Activation.SWIGLUOAI else "concatenated",
+    )  # fmt: skip
+    assert relative_error(output, want) < 2.0**-6
+
+
+def test_expert_map_and_router_weight_on_the_input(stand_in):
+    config, w1, w2, matrices = layer_of("none")
+    experts = plugin.experts_class(TritonExperts)(config)
+    x = torch.randn(T, H, dtype=torch.bfloat16)
+    expert_map = torch.tensor([3, -1, 0, 5, -1, 1, 2, 4], dtype=torch.int32)
+    ids = torch.randint(8, (T, 1), dtype=torch.int32)
+    changes = {
+        "expert_map": expert_map, "global_num_experts": 8, "topk_ids": ids, "topk_weights": torch.rand(T, 1),
+        "apply_router_weight_on_input": True,
+    }  # fmt: skip
+    _, output, *_ = call(experts, w1, w2, x, None, **changes)
+    want = fusedmoe.reference.fused_experts(
+        x, *matrices, changes["topk_weights"], ids, expert_map=expert_map, apply_router_weight_on_input=True
+    )
+    assert relative_error(output, want) < 2.0**-6
+
+
+def test_the_rest_runs_in_vllms_own_class_with_its_workspaces(stand_in, caplog):
+    plugin._say.cache_clear()
+    config, w1, w2, _ = layer_of("none")
+    x = torch.randn(T, H, dtype=torch.bfloat16)
+    made = plugin.experts_class(TritonExperts)
+    lora, emulated, other = made(config), made(config), made(Config(weight_quant_dtype="nvfp4"))
+    lora.moe_config.is_lora_enabled = True
+    emulated.quantization_emulation = True
+    limited = made(dataclasses.replace(config, gemm1_clamp_limit=3.0))
+    with caplog.at_level(logging.INFO, "fusedmoe.vllm"):
+        for experts, activation, reason in (
+            (lora, Activation.SILU, "adapters are vLLM's own"),
+            (emulated, Activation.SILU, "quantisation is emulated"),
+            (other, Activation.SILU, "weights of nvfp4 with rows of None"),
+            (made(config), Activation.UNKNOWN, "activation swigluoai_uninterleave"),
+            (limited, Activation.GELU, "gelu with a limit"),
+        ):
+            result, _, _, _, shapes = call(experts, w1, w2, x, None, activation)
+            assert result == "base" and experts.called == 1
+            assert shapes == ((T, K, H), (T, K, 2 * I), (T, H))
+            assert reason in caplog.text
+
+
+# --- vLLM itself ------------------------------------------------------------------------------------------------------
+
+installed = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="needs vLLM")
+
+
+@installed
+def test_signatures_of_the_installed_vllm(monkeypatch):
+    import inspect
+
+    module = importlib.import_module(plugin._MODULE)
+    monkeypatch.setattr(plugin, "settings", lambda: Settings(vllm=True))
+    for name in plugin.NAMES:
+        base = getattr(module, name)
+        base = base.__mro__[1] if getattr(base, "runs_fusedmoe", False) else base
+        assert (
+            list(inspect.signature(base.apply).parameters)[1:]
+            == list(inspect.signature(TritonExperts.apply).parameters)[1:]
+        )
+        assert list(inspect.signature(base.workspace_shapes).parameters)[1:4] == ["M", "N", "K"]
+        ours = plugin.experts_class(base)
+        assert not ours.__abstractmethods__
+
+
+@installed
+@pytest.mark.parametrize("form", FORMS)
+def test_configurations_of_the_installed_vllm(form):
+    """The properties that the plugin reads have the values that the stand-in has."""
+    from vllm.model_executor.layers.fused_moe.config import FusedMoEQuantConfig
+
+    config, *_ = layer_of(form)
+    theirs = FusedMoEQuantConfig.make(
+        config.quant_dtype, weight_dtype=config.weight_quant_dtype, block_shape=config.block_shape,
+        per_act_token_quant=config.per_act_token_quant, w1_scale=config.w1_scale, w2_scale=config.w2_scale,
+        a1_scale=config.a1_scale, a2_scale=config.a2_scale, w1_zp=config.w1_zp, w2_zp=config.w2_zp,
+    )  # fmt: skip
+    assert plugin.kind_of(theirs) == plugin.kind_of(config) != None  # noqa: E711
