@@ -13,7 +13,6 @@ is no compiled kernel, as in the interpreter.
 from __future__ import annotations
 
 import copy
-import importlib
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -257,30 +256,18 @@ def launch(kernel: Any, grid: tuple[int, ...], /, *args: Any, **options: Any) ->
         _LOCAL.recording.add(kernel, compiled, grid, args, options)
 
 
-_HOOK = threading.Lock()
+_COMPILING = threading.Lock()
 
 
 @contextmanager
 def _nothing_compiled(kernel: Any) -> Iterator[None]:
     """Refuse what this thread would compile: to load it would end a capture with an error that names nobody."""
-    # By name, as whatever needs Triton here: the layer runs without it.
-    runtime = importlib.import_module("triton").knobs.runtime
-    thread = threading.get_ident()
-    refused: list[object] = []
+    # Triton's own hook would have to write the constants as JSON, which functions among them are not.
+    thread, compiles = threading.get_ident(), kernel._do_compile
 
-    def hook(**facts: Any) -> bool:
+    def refuse(*args: Any, **named: Any) -> Any:
         if threading.get_ident() != thread:
-            return bool(before and before(**facts))
-        refused.append(facts)
-        return True  # do not compile, and so do not launch
-
-    with _HOOK:
-        before, runtime.jit_cache_hook = runtime.jit_cache_hook, hook
-        try:
-            yield
-        finally:
-            runtime.jit_cache_hook = before
-    if refused:
+            return compiles(*args, **named)
         raise CaptureError(
             explain(
                 f"kernel {kernel.__name__}",
@@ -289,3 +276,10 @@ def _nothing_compiled(kernel: Any) -> Iterator[None]:
                 do="Call fusedmoe.warmup, or run the layer once with as many tokens, before the capture.",
             )
         )
+
+    with _COMPILING:
+        kernel._do_compile = refuse
+        try:
+            yield
+        finally:
+            del kernel._do_compile
