@@ -22,6 +22,7 @@ VARIABLES = {
     "shared_memory_cap": "FUSEDMOE_SHARED_MEMORY_CAP",
     "workspace_limit": "FUSEDMOE_WORKSPACE_LIMIT",
     "batch_invariant": "FUSEDMOE_BATCH_INVARIANT",
+    "vllm": "FUSEDMOE_VLLM",
     "interpret": "TRITON_INTERPRET",
 }
 PACKAGES = ("torch", "triton", "transformers", "safetensors", "typer", "rich")
