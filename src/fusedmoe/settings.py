@@ -22,6 +22,7 @@ class Settings:
         batch_invariant: ``FUSEDMOE_BATCH_INVARIANT``: calls that do not say give a row bits that depend on its token
             alone; see :func:`fusedmoe.fused_experts`.
         vllm: ``FUSEDMOE_VLLM``: where vLLM loads its plugins, its Triton experts are replaced by this library's.
+        sglang: ``FUSEDMOE_SGLANG``: the same of SGLang and the function of its Triton runner.
         interpret: ``TRITON_INTERPRET``: Triton kernels run on the CPU, in Triton's interpreter.
     """
 
@@ -30,6 +31,7 @@ class Settings:
     workspace_limit: int | None = None
     batch_invariant: bool = False
     vllm: bool = False
+    sglang: bool = False
     interpret: bool = False
 
 
@@ -57,5 +59,6 @@ def settings() -> Settings:
         workspace_limit=_integer("FUSEDMOE_WORKSPACE_LIMIT"),
         batch_invariant=_yes("FUSEDMOE_BATCH_INVARIANT"),
         vllm=_yes("FUSEDMOE_VLLM"),
+        sglang=_yes("FUSEDMOE_SGLANG"),
         interpret=_yes("TRITON_INTERPRET"),
     )

@@ -23,6 +23,7 @@ VARIABLES = {
     "workspace_limit": "FUSEDMOE_WORKSPACE_LIMIT",
     "batch_invariant": "FUSEDMOE_BATCH_INVARIANT",
     "vllm": "FUSEDMOE_VLLM",
+    "sglang": "FUSEDMOE_SGLANG",
     "interpret": "TRITON_INTERPRET",
 }
 PACKAGES = ("torch", "triton", "transformers", "safetensors", "typer", "rich")

@@ -1,0 +1,162 @@
+"""SGLang: this library's experts in the place of its Triton runner's, 0.5.23.
+
+A plugin of SGLang (entry point ``sglang.srt.plugins``), which does nothing unless ``FUSEDMOE_SGLANG=1`` is set::
+
+    FUSEDMOE_SGLANG=1 python -m sglang.launch_server --model Qwen/Qwen3-30B-A3B --moe-runner-backend triton
+
+SGLang keeps one function for "tokens that stay where they are, Triton's runner"; it is wrapped. What this library
+cannot take goes to the function that was there, and the reason is logged once.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.metadata
+import logging
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from fusedmoe.functional import fused_experts
+from fusedmoe.integrations.vllm import kind_of, matrices
+from fusedmoe.settings import settings
+from fusedmoe.spec.activation import Activation
+
+#: The version of SGLang whose function was looked at.
+VERSION = "0.5.23"
+KEY = ("none", "triton")
+_RUNNER = "sglang.srt.layers.moe.moe_runner"
+
+_log = logging.getLogger("fusedmoe.sglang")
+
+
+def register() -> None:
+    """Wrap SGLang's fused function of the Triton runner, where the settings ask for it; a second call changes nothing.
+
+    An SGLang of another version, or without that function, is left as it is, with a warning.
+    """
+    if not settings().sglang:
+        return
+    try:
+        version = importlib.metadata.version("sglang")
+    except importlib.metadata.PackageNotFoundError:
+        version = "none"
+    if version.split("+")[0] != VERSION:
+        _log.warning("FUSEDMOE_SGLANG: got SGLang %s; wanted %s. Its experts are left as they are.", version, VERSION)
+        return
+    try:
+        importlib.import_module(f"{_RUNNER}.triton")  # which puts its function there
+        functions = importlib.import_module(f"{_RUNNER}.base").FusedOpPool._fused_funcs
+        theirs = functions[KEY]
+    except (ImportError, AttributeError, KeyError) as cause:
+        _log.warning("FUSEDMOE_SGLANG: got %r; wanted a fused function %s. Nothing is wrapped.", cause, KEY)
+        return
+    if not getattr(theirs, "runs_fusedmoe", False):
+        functions[KEY] = wrapped(theirs)
+        _log.info("FUSEDMOE_SGLANG: the Triton runner of SGLang %s runs on fusedmoe.", version)
+
+
+def wrapped(theirs: Any) -> Any:
+    """A fused function that runs here what it can, and the rest as the given one does."""
+
+    @functools.wraps(theirs)
+    def experts(dispatch_output: Any, quant_info: Any, runner_config: Any) -> Any:
+        config = config_of(quant_info)
+        if reason := why_not(config, quant_info, runner_config):
+            _say(reason)
+            return theirs(dispatch_output, quant_info, runner_config)
+        activation, layout = activation_of(runner_config)
+        w13, w2 = _made(config, quant_info, gated=activation.gated)
+        topk_weights, topk_ids, _ = dispatch_output.topk_output
+        out = fused_experts(
+            dispatch_output.hidden_states,
+            w13,
+            w2,
+            topk_weights,
+            topk_ids,
+            activation=activation,
+            gate_up_layout=layout,
+            w13_bias=quant_info.b13,
+            w2_bias=quant_info.b2,
+            apply_router_weight_on_input=runner_config.apply_router_weight_on_input,
+        )
+        if runner_config.routed_scaling_factor is not None:
+            out.mul_(runner_config.routed_scaling_factor)
+        place = importlib.import_module("sglang.srt.layers.moe.token_dispatcher.standard")
+        return place.StandardCombineInput(hidden_states=out)
+
+    experts.runs_fusedmoe = True  # type: ignore[attr-defined]
+    return experts
+
+
+def config_of(info: Any) -> SimpleNamespace:
+    """Quantisation of a ``TritonMoeQuantInfo`` under the names that vLLM's has, whose quantisations these are."""
+    rows = torch.float8_e4m3fn if info.use_fp8_w8a8 else torch.int8 if info.use_int8_w8a8 else None
+    plain = not (rows or info.use_int8_w8a16 or info.use_int4_w4a16)
+    return SimpleNamespace(
+        quant_dtype=rows,
+        weight_quant_dtype=None if plain else info.w13_weight.dtype,
+        # SGLang writes groups of weights alone as blocks too.
+        block_shape=info.block_shape if rows else None,
+        per_act_token_quant=info.per_channel_quant,
+        w1_scale=info.w13_scale,
+        w2_scale=info.w2_scale,
+        w1_zp=info.w13_zp,
+        w2_zp=info.w2_zp,
+        a1_scale=info.a13_scale,
+        a2_scale=info.a2_scale,
+        use_fp8_w8a8=info.use_fp8_w8a8,
+        use_int8_w8a8=info.use_int8_w8a8,
+        use_int8_w8a16=info.use_int8_w8a16,
+        use_int4_w4a16=info.use_int4_w4a16,
+    )
+
+
+def why_not(config: Any, info: Any, runner: Any) -> str | None:
+    """Why SGLang's own function runs this; None where it runs here."""
+    if info.use_mxfp8 or kind_of(config) is None:
+        return "its quantisation is unknown here"
+    if info.fuse_swiglu_interleaved:
+        return "rows of w13 were permuted for SGLang's own kernel"
+    if runner.no_combine:
+        return "rows are asked for that are not summed"
+    if activation_of(runner) is None:
+        return f"activation {runner.activation} is unknown here"
+    return None
+
+
+def activation_of(runner: Any) -> Any:
+    """Activation and layout of gate and up of a ``MoeRunnerConfig``; None: unknown."""
+    name, alpha, limit = runner.activation, runner.gemm1_alpha, runner.gemm1_clamp_limit
+    plain = alpha is None and limit is None and runner.swiglu_limit is None
+    if not runner.is_gated:
+        return (Activation(f"{name}_no_mul"), "concatenated") if plain and name in ("silu", "gelu", "relu2") else None
+    if name == "silu" and alpha is not None and limit is not None:
+        layout = "interleaved" if runner.gate_up_interleaved else "concatenated"
+        return Activation("swigluoai", alpha=alpha, limit=limit), layout
+    if name == "silu" and alpha is None:
+        if limit is not None:  # clamped after the sigmoid; the other limit is before it
+            return Activation("swiglustep", limit=limit), "concatenated"
+        return Activation("silu", limit=runner.swiglu_limit), "concatenated"
+    if name == "situ":
+        return Activation("situ", beta=4.0 if alpha is None else alpha, linear_beta=limit), "concatenated"
+    return (Activation(name), "concatenated") if plain and name in ("gelu", "gelu_tanh") else None
+
+
+def _made(config: Any, info: Any, *, gated: bool) -> tuple[Any, Any]:
+    """Both matrices, kept with the weight while all tensors are the same."""
+    tensors = (info.w13_weight, info.w2_weight, info.w13_scale, info.w2_scale, info.w13_zp, info.w2_zp)
+    key = tuple(None if t is None else (t.data_ptr(), t.shape, t.stride(), t.dtype) for t in tensors)
+    found = getattr(info.w13_weight, "_fusedmoe_made", None)
+    if found is None or found[0] != key:
+        found = key, matrices(config, info.w13_weight, info.w2_weight, gated=gated)
+        info.w13_weight._fusedmoe_made = found
+    made: tuple[Any, Any] = found[1]
+    return made
+
+
+@functools.cache
+def _say(reason: str) -> None:
+    _log.info("FUSEDMOE_SGLANG: a layer runs in SGLang's own function: %s.", reason)
