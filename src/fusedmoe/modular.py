@@ -28,6 +28,7 @@ from fusedmoe.backends.workspace import in_two, layout_bytes
 from fusedmoe.checks import check
 from fusedmoe.errors import DTypeError, LayoutError, OptionError, ShapeError, WorkspaceError, explain, require_integer
 from fusedmoe.expert_matrix import ExpertMatrix
+from fusedmoe.lora import LoRA
 from fusedmoe.nn import FLOATS, LARGEST, FusedExperts, require_tensor
 from fusedmoe.plan.config import Plan
 from fusedmoe.plan.heuristics import tokens_before_breaks
@@ -167,6 +168,7 @@ class Experts:
         codes: bool = False,
         global_num_experts: int | None = None,
         expected_rows: int | None = None,
+        lora: LoRA | None = None,
     ) -> WorkspaceShapes:
         """Shapes of the memory for a call, which are enough for calls of fewer tokens too.
 
@@ -177,7 +179,7 @@ class Experts:
             batched: the activation format.
             codes: hidden states come with a scale.
             global_num_experts: length of the expert map that :meth:`apply` gets; None: that of the options, if any.
-            expected_rows: as :meth:`apply` gets it.
+            expected_rows, lora: as :meth:`apply` gets them.
 
         Raises:
             OptionError, DTypeError: a number or the type is none.
@@ -196,9 +198,11 @@ class Experts:
         rows, top_k, lead = (self.num_experts * tokens, 1, (self.num_experts, tokens)) if batched else (
             tokens, top_k, (tokens,))  # fmt: skip
         kind = dtype if codes else None
+        none = torch.empty(1, dtype=torch.int32, device=self.device)  # expanded, it has a shape and no memory
 
         def planned(n_tokens: int) -> tuple[Problem, Plan]:
-            options = {**self.options, "expert_map": expert_map}
+            adapters = {"lora": lora, "adapter_ids": none.expand(n_tokens)}
+            options = {**self.options, "expert_map": expert_map, **adapters}
             x, weights, ids, scale = self._stand_ins(n_tokens, top_k, dtype, codes=codes)
             call = check(x, self.w13, self.w2, weights, ids, hidden_states_scale=scale, dtype=kind, **options)
             problem = _expecting(call.problem, expected_rows, sparse=batched)
@@ -226,6 +230,8 @@ class Experts:
         counts: Tensor | None = None,
         expert_map: Tensor | None = None,
         expected_rows: int | None = None,
+        lora: LoRA | None = None,
+        adapter_ids: Tensor | None = None,
     ) -> Tensor:
         """Run the experts; returns ``output``.
 
@@ -239,6 +245,7 @@ class Experts:
             expert_map: in place of that of the options.
             expected_rows: rows that an expert has as a rule, where that is far fewer than there is room for: tiles are
                 chosen for as many. Any number gives a right result.
+            lora, adapter_ids: as fused_experts takes them; batched, [E, T_max] ids.
 
         Raises:
             OptionError: counts together with ids, or neither; one workspace without the other.
@@ -246,7 +253,7 @@ class Experts:
             LayoutError: the output of chunks shares memory with workspace13.
             Others as fused_experts.
         """
-        options = dict(self.options)
+        options = {**self.options, "lora": lora, "adapter_ids": adapter_ids}
         require_tensor("output", output)
         require_tensor("hidden_states", hidden_states)
         if hidden_states_scale is not None:
@@ -258,6 +265,13 @@ class Experts:
                 output, hidden_states, topk_weights, topk_ids, hidden_states_scale, counts
             )
             options["expert_map"] = None
+            if lora is not None and adapter_ids is not None:
+                require_tensor("adapter_ids", adapter_ids)
+                if adapter_ids.shape != output.shape[:2]:
+                    what, said = "adapter_ids of batched rows", tuple(adapter_ids.shape)
+                    wanted, do = f"{tuple(output.shape[:2])}, [E, T_max]", "Dispatch each row's id with it."
+                    raise ShapeError(explain(what, got=said, wanted=wanted, do=do))
+                options["adapter_ids"] = adapter_ids.reshape(-1)
         elif topk_weights is None or topk_ids is None:
             do = "Pass topk_weights and topk_ids, or the counts of batched rows."
             raise OptionError(explain("experts of the rows", got="none", wanted="ids or counts", do=do))

@@ -157,3 +157,40 @@ def test_reduce(kind, dtype, weighted):
     assert torch.equal(out, total.to(dtype)) if not weighted else torch.allclose(out, total.to(dtype), rtol=8e-3)
     assert not out[0].any()
     assert not backends.load_transit(kind).reduce(rows[:0], index, None, out).any()
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("scheme", [None, "fp8_channel"])
+@pytest.mark.parametrize("batched", [False, True], ids=["standard", "batched"])
+def test_rows_have_adapters(backend, scheme, batched):
+    """Within the caller's memory, with what a row past a count names, or has, of no effect."""
+    forms = (None if scheme is None else format_of(scheme),) * 2
+    case = Case.of((18, 1, 3, 64, 64), dtype="bfloat16", formats=forms, ranks=(5, 0, 8)).fitted()
+    (x, w13, w2, weights, ids), options = case.draw(seed=1)
+    ids = torch.repeat_interleave(torch.tensor([0, 2, 1]), torch.tensor([9, 7, 2]))[:, None]
+    adapters = {name: options.pop(name) for name in ("lora", "adapter_ids")}
+    layer = Experts(w13, w2, backend=backend, **options)
+    arguments = x, w13, w2, torch.ones_like(weights), ids
+    whole = fusedmoe.fused_experts(*arguments, backend=backend, **options, **adapters)
+    shapes = layer.workspace_shapes(
+        *((9, 1) if batched else ids.shape), x.dtype, batched=batched, lora=adapters["lora"]
+    )
+    first, second = (
+        torch.full(shape, float("nan"), dtype=x.dtype) for shape in (shapes.workspace13, shapes.workspace2)
+    )
+    memory = {"workspace13": first, "workspace2": second}
+    output = torch.full(shapes.output, float("nan"), dtype=x.dtype)
+    if batched:
+        counts = torch.bincount(ids[:, 0], minlength=3)
+        inside = torch.arange(9) < counts[:, None]
+        rows = torch.full((3, 9, 64), float("nan"), dtype=x.dtype)
+        named = torch.zeros(3, 9, dtype=adapters["adapter_ids"].dtype)
+        by_expert = ids[:, 0].argsort(stable=True)
+        rows[inside], named[inside] = x[by_expert], adapters["adapter_ids"][by_expert]
+        layer.apply(output, rows, counts=counts, lora=adapters["lora"], adapter_ids=named, **memory)
+        whole, got = whole[by_expert], output[inside]
+    else:
+        got = layer.apply(output, x, torch.ones_like(weights), ids, **memory, **adapters)
+    assert relative_error(got, whole) < 2.0**-8
+    bare = fusedmoe.fused_experts(*arguments, backend=backend, **options)
+    assert relative_error(whole, bare[by_expert] if batched else bare) > 0.1, "adapters count"

@@ -18,6 +18,9 @@ def layer(**options):
     return Experts(torch.randn(E, 2 * I, H), torch.randn(E, H, I), **options)
 
 
+SLOTS = fusedmoe.LoRA.empty(2, num_experts=E, hidden_size=H, intermediate_size=I, max_rank=4)
+
+
 def batched(**replace):
     a = {"output": torch.empty(E, T, H), "hidden_states": torch.randn(E, T, H), "counts": torch.zeros(E).int()}
     return {**a, **replace}
@@ -57,6 +60,11 @@ MISTAKES = {
         batched(workspace13=torch.empty(9)[::2], workspace2=torch.empty(9)),
         WorkspaceError,
         ["workspace13", "contiguous"],
+    ),
+    "adapters of other rows": (
+        batched(lora=SLOTS, adapter_ids=torch.zeros(T, E).int()),
+        ShapeError,
+        ["adapter_ids of batched rows", f"({T}, {E})", f"({E}, {T}), [E, T_max]"],
     ),
     "the output is the input": (
         {
