@@ -6,10 +6,12 @@ import pytest
 import torch
 
 import fusedmoe
-from fusedmoe import LoRA
+from fusedmoe import LoRA, reference
+from fusedmoe.modular import Experts
+from fusedmoe.parallel import intermediate_slice
 from fusedmoe.schemes import SCHEMES, format_of
 from fusedmoe.testing.cases import OPTIONS, Case, pairwise, run_poisoned
-from fusedmoe.testing.verify import TOLERANCE, verify
+from fusedmoe.testing.verify import TOLERANCE, relative_error, verify
 
 pytestmark = [
     pytest.mark.gpu,
@@ -108,3 +110,38 @@ def test_sixteen_adapters_of_a_known_size():
     options = {"lora": lora, "adapter_ids": torch.randint(-1, slots, (tokens,), device="cuda", generator=g)}
     arguments = (x, w13, w2, topk.weights, topk.ids)
     assert verify(fusedmoe.fused_experts(*arguments, **options), arguments, options).ok
+
+
+@pytest.mark.parametrize("tokens", [3, 64, 700])
+def test_slices_of_the_intermediate_add_up(tokens):
+    """What ranks of tensor parallelism compute, in memory of the caller's; twice, so that launches are replayed."""
+    slices_add_up(tokens, "cuda")
+
+
+def slices_add_up(tokens, device):
+    case = Case.of((tokens, 4, 8, 256, 384), dtype="float32", ranks=(16, 8))
+    (x, w13, w2, weights, ids), options = case.draw(device)
+    adapters = {name: options.pop(name) for name in ("lora", "adapter_ids")}
+    want = reference.fused_experts(x, w13, w2, weights, ids, **options, **adapters)
+    layer, lora = Experts(w13, w2, **options), adapters["lora"]
+    for _ in range(2):
+        total = torch.zeros_like(want)
+        for start, stop in ((0, 128), (128, 384)):
+            slots = LoRA.empty(
+                2, num_experts=8, hidden_size=256, intermediate_size=stop - start, max_rank=16,
+                dtype=x.dtype, device=device,
+            )  # fmt: skip
+            for slot, rank in enumerate(case.ranks):
+                whole = fusedmoe.Adapter(
+                    w13_a=lora.w13_a[slot].unflatten(1, (2, lora.max_rank))[:, :, :rank].flatten(1, 2),
+                    w13_b=lora.w13_b[slot, ..., :rank], w2_a=lora.w2_a[slot, :, :rank],
+                    w2_b=lora.w2_b[slot, ..., :rank], scaling=float(lora.scaling[slot]),
+                )  # fmt: skip
+                slots.add(slot, intermediate_slice(whole, start, stop))
+            mine = intermediate_slice(layer, start, stop)
+            shapes = mine.workspace_shapes(*ids.shape, x.dtype, lora=slots)
+            nan = {"fill_value": float("nan"), "dtype": x.dtype, "device": device}
+            first, second = torch.full(shapes.workspace13, **nan), torch.full(shapes.workspace2, **nan)
+            out = torch.full(shapes.output, **nan)
+            total += mine.apply(out, x, weights, ids, first, second, lora=slots, adapter_ids=adapters["adapter_ids"])
+        assert relative_error(total, want) < 2 * TOLERANCE["float32"]
