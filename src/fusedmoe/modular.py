@@ -118,8 +118,11 @@ class Experts:
         """The experts of a module, sharing its tensors."""
         if isinstance(layer, Experts):
             return layer
-        names = ("activation", "gate_up_layout", "weight_layout", "w13_bias", "w2_bias", "emulate", "expert_map")
-        options = {name: getattr(layer, name) for name in (*names, "apply_router_weight_on_input")}
+        names = (
+            "activation", "gate_up_layout", "weight_layout", "w13_bias", "w2_bias", "emulate", "expert_map",
+            "apply_router_weight_on_input", "batch_invariant",
+        )  # fmt: skip
+        options = {name: getattr(layer, name) for name in names}
         return cls(layer._matrix("w13"), layer._matrix("w2"), backend=layer.backend, **options)
 
     @property

@@ -20,6 +20,8 @@ SAYS_ACTIVATIONS = {
     "reference/activations.py",
     "checkpoint/models.py",
     "integrations/transformers/gates.py",
+    "integrations/vllm.py",
+    "integrations/sglang.py",
 }
 
 

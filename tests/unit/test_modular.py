@@ -150,3 +150,8 @@ def test_a_quantised_module_gives_its_matrices():
     arguments = torch.randn(T, H), torch.rand(T, K), torch.randint(E, (T, K))
     assert torch.equal(run(Standard(), Experts.of(module), *arguments), module(*arguments))
     assert Experts.of(module).workspace_shapes(T, K, torch.float32, codes=True).output == (T, H)
+
+
+def test_experts_of_a_module_keep_what_it_was_made_with():
+    layer = fusedmoe.FusedExperts(4, 64, 48, batch_invariant=True)
+    assert Experts.of(layer).options["batch_invariant"] is True
