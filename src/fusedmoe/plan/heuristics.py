@@ -370,6 +370,8 @@ def _few(problem: Problem, target: Target, gemm: Gemm) -> KernelConfig:
     narrow = KernelConfig(block_m=16, block_n=64 // gemm.width, block_k=128, warps=4, stages=4)
     if _programs(problem, gemm, narrow.block_n) < target.n_sm:
         return _lonely(problem, target, gemm, narrow)
+    if gemm.width > 1 and target.vendor == "nvidia" and target.capability > 90:
+        return narrow  # the wide tile of a pair takes all 255 registers on sm_90, and spills on sm_100
     wide_tile = replace(narrow, block_n=128 // gemm.width)
 
     def waves(config: KernelConfig) -> float:
