@@ -10,8 +10,7 @@ from fusedmoe import experts
 from fusedmoe.checks import check
 from fusedmoe.expert_matrix import ExpertMatrix
 from fusedmoe.lora import LoRA
-from fusedmoe.plan.heuristics import tokens_before_breaks
-from fusedmoe.plan.planner import choose
+from fusedmoe.plan.planner import choose, tokens_before_breaks
 from fusedmoe.settings import settings
 from fusedmoe.spec.activation import Activation
 from fusedmoe.spec.layout import Fp32Precision, GateUpLayout, WeightLayout
@@ -210,5 +209,5 @@ def workspace_bytes(
         return experts.bytes_for(fewer, choose(fewer, target, backend))
 
     # A backend that takes over from a number of tokens on may need less than the one before it.
-    most = max(map(need, (problem.tokens, *tokens_before_breaks(problem))))
+    most = max(map(need, (problem.tokens, *tokens_before_breaks(problem, target))))
     return most if limit is None else min(most, limit)

@@ -31,8 +31,7 @@ from fusedmoe.expert_matrix import ExpertMatrix
 from fusedmoe.lora import LoRA
 from fusedmoe.nn import FLOATS, LARGEST, FusedExperts, require_tensor
 from fusedmoe.plan.config import Plan
-from fusedmoe.plan.heuristics import tokens_before_breaks
-from fusedmoe.plan.planner import choose
+from fusedmoe.plan.planner import choose, tokens_before_breaks
 from fusedmoe.settings import settings
 from fusedmoe.spec.format import ELEMENTS, Inputs
 from fusedmoe.spec.problem import Problem
@@ -214,7 +213,7 @@ class Experts:
         problem, plan = planned(rows)
         experts.tokens_at_a_time(problem, plan, self.workspace_limit)  # raises
         first, second = 0, 0
-        for n_tokens in (rows, *tokens_before_breaks(problem)):
+        for n_tokens in (rows, *tokens_before_breaks(problem, target_of(self.device))):
             n_bytes = self._bytes(*planned(n_tokens))
             first, second = max(first, n_bytes[0]), max(second, n_bytes[1])
         size = dtype.itemsize

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 from fusedmoe.errors import OptionError, explain
 
@@ -23,6 +24,8 @@ class Settings:
             alone; see :func:`fusedmoe.fused_experts`.
         vllm: ``FUSEDMOE_VLLM``: where vLLM loads its plugins, its Triton experts are replaced by this library's.
         sglang: ``FUSEDMOE_SGLANG``: the same of SGLang and the function of its Triton runner.
+        tuned: ``FUSEDMOE_TUNED``: folder with files of ``fusedmoe tune``, read before the package's own; or "none": the
+            planner reads no file. None: :func:`cache_folder`.
         interpret: ``TRITON_INTERPRET``: Triton kernels run on the CPU, in Triton's interpreter.
     """
 
@@ -32,6 +35,7 @@ class Settings:
     batch_invariant: bool = False
     vllm: bool = False
     sglang: bool = False
+    tuned: str | None = None
     interpret: bool = False
 
 
@@ -60,5 +64,16 @@ def settings() -> Settings:
         batch_invariant=_yes("FUSEDMOE_BATCH_INVARIANT"),
         vllm=_yes("FUSEDMOE_VLLM"),
         sglang=_yes("FUSEDMOE_SGLANG"),
+        tuned=os.environ.get("FUSEDMOE_TUNED") or None,
         interpret=_yes("TRITON_INTERPRET"),
     )
+
+
+@functools.cache
+def cache_folder() -> Path | None:
+    """Where ``fusedmoe tune`` leaves what it finds; None for a user without a home."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    try:
+        return (Path(base) if base else Path.home() / ".cache") / "fusedmoe" / "tuned"
+    except RuntimeError:
+        return None

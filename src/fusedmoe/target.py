@@ -100,7 +100,7 @@ def target_of(device: torch.device) -> Target:
         found,
         shared_bytes=min(cap, found.shared_bytes),
         triton=importlib.util.find_spec("triton") is not None,
-        gluon=(_version("triton") or (0,)) >= GLUON,
+        gluon=(version_of("triton") or (0,)) >= GLUON,
         unfit=_unfit(found.interpret),
     )
 
@@ -113,7 +113,7 @@ NUMPY, LEARNT = (2, 4), (3, 7)
 FORGOT = (3, 9)
 
 
-def _version(package: str) -> tuple[int, ...] | None:
+def version_of(package: str) -> tuple[int, ...] | None:
     """Major and minor version by its metadata, as deciding imports no compiler; None where that does not say."""
     try:
         words = importlib.metadata.version(package).split(".")[:2]
@@ -123,7 +123,7 @@ def _version(package: str) -> tuple[int, ...] | None:
 
 
 def _unfit(interpret: bool) -> str:
-    triton, numpy = _version("triton"), _version("numpy")
+    triton, numpy = version_of("triton"), version_of("numpy")
     if triton is None:  # not installed, or a build under another name, which may be any
         return ""
     said = ".".join(map(str, triton))

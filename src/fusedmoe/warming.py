@@ -80,7 +80,7 @@ def warmup(call: Callable[[int], object], tokens: int | Iterable[int], *, thread
             do = "Give numbers of tokens."
             raise DTypeError(explain("tokens", got=repr(number), wanted="an integer", do=do))
     if threads is None:
-        threads = min(8, os.cpu_count() or 1)
+        threads = default_threads()
     for name, number in (*(("tokens", n) for n in numbers), ("threads", threads)):
         if not isinstance(number, int) or number < 1:
             raise OptionError(explain(name, got=repr(number), wanted="at least 1", do="Give a positive integer."))
@@ -112,6 +112,11 @@ def warmup(call: Callable[[int], object], tokens: int | Iterable[int], *, thread
             look(numbers)
     variants = frozenset().union(*found.values())
     return Warmup(len(found), len(variants), time.perf_counter() - start)
+
+
+def default_threads() -> int:
+    """Threads that compile at a time when nobody says how many."""
+    return min(8, os.cpu_count() or 1)
 
 
 def _grid(most: int) -> list[int]:

@@ -26,7 +26,9 @@ from fusedmoe.plan.floor import Ceilings
 from fusedmoe.plan.planner import SUPPORTS
 from fusedmoe.schemes import SCHEMES
 from fusedmoe.settings import Settings
+from fusedmoe.target import KNOWN
 from fusedmoe.testing import fuzz as fuzzing
+from fusedmoe.tune import session
 
 H = 128
 
@@ -344,6 +346,59 @@ def test_bench_knows_the_shapes_by_name(monkeypatch):
     monkeypatch.setattr(benchmark, "bench", lambda shape, tokens, **options: asked.append((shape, tokens)) or [])
     invoke("bench")
     assert asked == [(shape, benchmark.TOKENS_CPU) for shape in SHAPES.values()]
+
+
+def test_warmup():
+    """Nothing is compiled on a CPU; what is on a GPU: tests/gpu/test_warming.py."""
+    layer = ("warmup", "4,2,64,64", "--device", "cpu", "--bias", "--scheme", "fp8_channel")
+    found = data(*layer, "--tokens", 40, "--json")
+    assert found["variants"] == 0 and found["tokens"] >= 16
+    assert "0 kernels for T = 1 to 4" in invoke(*layer, "--tokens", 4).stdout
+
+
+@pytest.fixture
+def clocked(monkeypatch):
+    """A device with kernels to choose, on which narrow tiles are fast."""
+
+    class Clock:
+        def prepare(self, candidates):
+            pass
+
+        def time(self, tiles, *, careful):
+            return float(tiles.gate_up.block_n + tiles.down.block_n)
+
+    monkeypatch.setattr(session, "target_of", lambda device: KNOWN["sm_90"])
+    monkeypatch.setattr(session, "OnDevice", lambda *arguments: Clock())
+
+
+def test_tune(clocked, tmp_path):
+    layer = ("tune", "16,4,512,256", "--device", "cpu", "--write", tmp_path)
+    first = invoke(*layer, "--tokens", "2,512").stdout
+    assert "T 2: " in first and "planned" in first and "written: " in first
+    (path,) = tmp_path.glob("*.json")
+    found = json.loads(path.read_text())
+    assert [row["slots"] for row in found["entries"]] == [8, 2048]
+    assert found["command"].startswith("fusedmoe tune")
+    again = invoke(*layer, "--tokens", "2,512").stdout
+    assert again.count("in the file already") == 2
+    theirs = tmp_path / "theirs.json"
+    tile = {"BLOCK_SIZE_M": 16, "BLOCK_SIZE_N": 64, "BLOCK_SIZE_K": 64, "GROUP_SIZE_M": 1, "num_warps": 4}
+    theirs.write_text(json.dumps({"1": {**tile, "num_stages": 3}, "2": {**tile, "num_stages": 99}}))
+    taken = invoke(*layer, "--from-vllm", theirs)
+    assert "T 2: left out" in taken.stderr and "written: " in taken.stdout
+    assert [row["slots"] for row in json.loads(path.read_text())["entries"]] == [4]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ((), "wanted a GPU with Triton"),
+        (("--tokens", "0"), "positive integers"),
+        (("--from-vllm", "no such file"), "a readable file"),
+    ],
+)
+def test_tune_refuses_with_2_and_a_message(options, message):
+    assert message in " ".join(invoke("tune", "4,2,64,64", "--device", "cpu", *options, code=2).stderr.split())
 
 
 def test_help_and_usage():

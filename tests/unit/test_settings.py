@@ -9,6 +9,7 @@ NAMES = (
     "FUSEDMOE_BACKEND",
     "FUSEDMOE_BATCH_INVARIANT",
     "FUSEDMOE_SHARED_MEMORY_CAP",
+    "FUSEDMOE_TUNED",
     "FUSEDMOE_WORKSPACE_LIMIT",
     "TRITON_INTERPRET",
 )
@@ -27,7 +28,7 @@ def environment(monkeypatch):
 
 def test_defaults(environment):
     want = Settings(
-        backend="auto", shared_memory_cap=None, workspace_limit=None, batch_invariant=False, interpret=False
+        backend="auto", shared_memory_cap=None, workspace_limit=None, batch_invariant=False, tuned=None, interpret=False
     )
     assert settings() == want
 
@@ -37,9 +38,15 @@ def test_all_variables(environment):
     environment.setenv("FUSEDMOE_SHARED_MEMORY_CAP", "49152")
     environment.setenv("FUSEDMOE_WORKSPACE_LIMIT", "1000000")
     environment.setenv("FUSEDMOE_BATCH_INVARIANT", "yes")
+    environment.setenv("FUSEDMOE_TUNED", "/tuned")
     environment.setenv("TRITON_INTERPRET", "1")
     assert settings() == Settings(
-        backend="torch", shared_memory_cap=49152, workspace_limit=1000000, batch_invariant=True, interpret=True
+        backend="torch",
+        shared_memory_cap=49152,
+        workspace_limit=1000000,
+        batch_invariant=True,
+        tuned="/tuned",
+        interpret=True,
     )
 
 

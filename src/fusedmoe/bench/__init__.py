@@ -9,7 +9,7 @@ gets no figure. Weights of a scheme are random codes with random scales.
 from __future__ import annotations
 
 from fusedmoe.bench.figures import Peer, read_peer
-from fusedmoe.bench.layer import Row, bench, describe
+from fusedmoe.bench.layer import Layer, Row, bench, describe, draw_layer
 from fusedmoe.bench.peers import PEERS, peers_of
 from fusedmoe.bench.routing import ROUTINGS, routing_of
 from fusedmoe.bench.shapes import (
@@ -35,12 +35,14 @@ __all__ = [
     "TOKENS",
     "TOKENS_CPU",
     "UNQUANTISED",
+    "Layer",
     "Peer",
     "Row",
     "Shape",
     "bench",
     "default_device",
     "describe",
+    "draw_layer",
     "dtype_of",
     "format_for",
     "measure_ceilings",

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fusedmoe import __version__, functional
 from fusedmoe.bench.peers import PEERS, NotHereError
-from fusedmoe.bench.routing import draw_routing
+from fusedmoe.bench.routing import ROUTINGS, draw_routing
 from fusedmoe.bench.shapes import ACTIVATION, Shape, format_for
 from fusedmoe.bench.timing import host_us, time_captured, time_us
 from fusedmoe.checks import check
@@ -94,6 +94,63 @@ class Row:
         return self.us is None and self.reason is None
 
 
+class Layer(NamedTuple):
+    """A random layer.
+
+    Attributes:
+        options: of :func:`fusedmoe.fused_experts`.
+        generator: of its tokens, on its device.
+    """
+
+    shape: Shape
+    dtype: torch.dtype
+    w13: Tensor | ExpertMatrix
+    w2: Tensor | ExpertMatrix
+    options: dict[str, Any]
+    generator: torch.Generator
+
+    def call(self, tokens: int, routing: str = ROUTINGS[0]) -> tuple[Any, ...]:
+        """Arguments of :func:`fusedmoe.fused_experts` with new random tokens."""
+        shape, generator = self.shape, self.generator
+        topk_weights, topk_ids = draw_routing(routing, tokens, shape.experts, shape.top_k, generator)
+        x = torch.empty(tokens, shape.hidden, dtype=self.dtype, device=generator.device).normal_(generator=generator)
+        return x, self.w13, self.w2, topk_weights, topk_ids
+
+
+def draw_layer(
+    shape: Shape,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    scheme: str = "none",
+    activation: str = ACTIVATION,
+    gate_up_layout: GateUpLayout = "concatenated",
+    bias: bool = False,
+) -> Layer:
+    """A random layer of a shape, the same in every run; arguments as those of :func:`bench`."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def draw(*sizes: int, fan_in: int = 1) -> Tensor:
+        return torch.empty(sizes, dtype=dtype, device=device).normal_(0.0, fan_in**-0.5, generator=generator)
+
+    e, h, i = shape.experts, shape.hidden, shape.intermediate
+    form = format_for(scheme, shape)
+    w13: Tensor | ExpertMatrix
+    w2: Tensor | ExpertMatrix
+    parts = 2 if Activation.of(activation).gated else 1
+    if form is None:
+        w13, w2 = draw(e, parts * i, h, fan_in=h), draw(e, h, i, fan_in=i)
+    else:
+        w13 = random_matrix(form, (e, parts * i, h), generator, parts=parts if gate_up_layout == "concatenated" else 1)
+        w2 = random_matrix(form, (e, h, i), generator)
+    options: dict[str, Any] = {"activation": activation}
+    if parts == 2:
+        options["gate_up_layout"] = gate_up_layout
+    if bias:
+        options |= {"w13_bias": draw(e, parts * i), "w2_bias": draw(e, h)}
+    return Layer(shape, dtype, w13, w2, options, generator)
+
+
 class _Case(NamedTuple):
     """What all rows of one draw share."""
 
@@ -156,15 +213,17 @@ def describe(plan: Plan) -> str:
     if plan.triton is None:
         return "one product per expert"
 
-    def tile(config: KernelConfig) -> str:
-        text = f"{config.block_m}x{config.block_n}x{config.block_k} warps={config.warps} stages={config.stages}"
-        text += f" group_m={config.group_m}" if config.group_m > 1 else ""
-        text += f" maps={config.maps}" if config.maps != "none" else ""
-        text += f" programs_per_sm={config.programs_per_sm}" if config.programs_per_sm else ""
-        return text + (" flatten" if config.flatten else "")
-
     path = "few tokens" if plan.triton.few else "gathered" if plan.triton.gather else "scheduled"
-    return f"{path}; gate-up {tile(plan.triton.gate_up)}; down {tile(plan.triton.down)}"
+    return f"{path}; gate-up {describe_tile(plan.triton.gate_up)}; down {describe_tile(plan.triton.down)}"
+
+
+def describe_tile(config: KernelConfig) -> str:
+    """What a GEMM is launched with, without what is the default."""
+    text = f"{config.block_m}x{config.block_n}x{config.block_k} warps={config.warps} stages={config.stages}"
+    text += f" group_m={config.group_m}" if config.group_m > 1 else ""
+    text += f" maps={config.maps}" if config.maps != "none" else ""
+    text += f" programs_per_sm={config.programs_per_sm}" if config.programs_per_sm else ""
+    return text + (" flatten" if config.flatten else "")
 
 
 @torch.no_grad()
@@ -201,29 +260,18 @@ def bench(
     Raises:
         UnsupportedError, OptionError: the only backend does not take the call, or one does not exist.
     """
-    generator = torch.Generator(device).manual_seed(0)
-
-    def draw(*sizes: int, fan_in: int = 1) -> Tensor:
-        return torch.empty(sizes, dtype=dtype, device=device).normal_(0.0, fan_in**-0.5, generator=generator)
-
-    e, h, i = shape.experts, shape.hidden, shape.intermediate
-    form = format_for(scheme, shape)
-    w13: Tensor | ExpertMatrix
-    w2: Tensor | ExpertMatrix
-    parts = 2 if Activation.of(activation).gated else 1
-    if form is None:
-        w13, w2 = draw(e, parts * i, h, fan_in=h), draw(e, h, i, fan_in=i)
-    else:
-        w13 = random_matrix(form, (e, parts * i, h), generator, parts=parts if gate_up_layout == "concatenated" else 1)
-        w2 = random_matrix(form, (e, h, i), generator)
-    options: dict[str, Any] = {"activation": activation}
-    if parts == 2:
-        options["gate_up_layout"] = gate_up_layout
-    if bias:
-        options |= {"w13_bias": draw(e, parts * i), "w2_bias": draw(e, h)}
+    layer = draw_layer(
+        shape,
+        dtype=dtype,
+        device=device,
+        scheme=scheme,
+        activation=activation,
+        gate_up_layout=gate_up_layout,
+        bias=bias,
+    )
+    options = layer.options
     for routing, n_tokens in ((routing, n) for routing in routings for n in tokens):
-        topk_weights, topk_ids = draw_routing(routing, n_tokens, e, shape.top_k, generator)
-        arguments = (draw(n_tokens, h), w13, w2, topk_weights, topk_ids)
+        arguments = layer.call(n_tokens, routing)
         problem = check(*arguments, batch_invariant=batch_invariant or None, **options).problem
         case = _Case(shape, routing, arguments, options, problem, target_of(device), ceilings)
         for backend in backends:

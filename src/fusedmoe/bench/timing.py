@@ -22,17 +22,31 @@ REPEATS, PATIENCE_US = 25, 2e6
 WARM_UP_S = 0.2
 
 
-def time_us(call: Callable[[], object], device: torch.device, *, graph: bool = True) -> float:
+def time_us(
+    call: Callable[[], object],
+    device: torch.device,
+    *,
+    graph: bool = True,
+    repeats: int = REPEATS,
+    patience_us: float = PATIENCE_US,
+    warm_up_s: float = WARM_UP_S,
+) -> float:
     """Median time of a call in microseconds.
 
     Args:
         call: does its work on the current stream; called once or more before it is timed.
         device: where it works.
         graph: on CUDA, replay a graph of the call. Without, the call's launches and synchronisations are in the figure.
+        repeats, patience_us: measurements at most, and the time that they may take together.
+        warm_up_s: seconds of work before them, on CUDA.
     """
+
+    def often(us: float) -> int:
+        return max(3, min(repeats, int(patience_us / max(us, 1.0))))
+
     if device.type == "cuda":
         with torch.cuda.device(device):
-            return _time_cuda(call, graph=graph)
+            return _time_cuda(call, often, warm_up_s, graph=graph)
 
     def once() -> float:
         start = time.perf_counter()
@@ -42,7 +56,7 @@ def time_us(call: Callable[[], object], device: torch.device, *, graph: bool = T
         return (time.perf_counter() - start) * 1e6
 
     once()
-    return statistics.median(once() for _ in range(_repeats(once())))
+    return statistics.median(once() for _ in range(often(once())))
 
 
 def host_us(call: Callable[[], object], device: torch.device) -> float:
@@ -74,7 +88,7 @@ def _repeats(us: float) -> int:
     return max(3, min(REPEATS, int(PATIENCE_US / max(us, 1.0))))
 
 
-def _time_cuda(call: Callable[[], object], *, graph: bool) -> float:
+def _time_cuda(call: Callable[[], object], often: Callable[[float], int], warm_up_s: float, *, graph: bool) -> float:
     stream, flush = torch.cuda.Stream(), torch.empty(FLUSH, dtype=torch.uint8, device="cuda")
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -99,12 +113,12 @@ def _time_cuda(call: Callable[[], object], *, graph: bool) -> float:
 
         # Clocks rise under any load, and fall again when a GPU at full power has spent its budget: streaming memory
         # warms up for the first without bringing on the second.
-        warm = time.perf_counter() + WARM_UP_S
+        warm = time.perf_counter() + warm_up_s
         while time.perf_counter() < warm:
             for _ in range(100):
                 flush.zero_()
             stream.synchronize()
-        return measure(_repeats(measure(2)))
+        return measure(often(measure(2)))
 
 
 @torch.no_grad()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json as json_module
-import math
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -13,7 +11,9 @@ import typer
 from typer.core import TyperGroup
 
 from fusedmoe.atomic import replacing
+from fusedmoe.cli.options import Backend, Device, DType, Json, Scheme, as_json, device_from, integers
 from fusedmoe.cli.quantize import quantize
+from fusedmoe.cli.tuning import tune, warmup
 from fusedmoe.errors import FusedMoEError, OptionError, explain
 
 if TYPE_CHECKING:
@@ -24,12 +24,9 @@ if TYPE_CHECKING:
 #: Exit codes beside 0.
 WRONG, REFUSED = 1, 2
 
-Device = Annotated[str | None, typer.Option(help="Where to run, as torch names it; the first GPU, else the CPU.")]
-Backend = Annotated[str | None, typer.Option(help="auto, triton or torch; FUSEDMOE_BACKEND when left out.")]
 Invariant = Annotated[
     bool, typer.Option("--batch-invariant", help="A row's bits depend on its own token alone, whatever T is.")
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")]
 
 
 class _Commands(TyperGroup):
@@ -53,33 +50,8 @@ app = typer.Typer(
 )
 
 app.command("quantize")(quantize)
-
-
-def _device(name: str | None) -> torch.device:
-    from fusedmoe.bench import default_device
-    from fusedmoe.target import device_of
-
-    return default_device() if name is None else device_of(name, "--device")
-
-
-def _integers(option: str, text: str) -> list[int]:
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() and int(part) for part in parts):
-        raise OptionError(explain(option, got=repr(text), wanted="positive integers", do="Write for example 1,8,32."))
-    return [int(part) for part in parts]
-
-
-def _json(value: object) -> str:
-    """JSON knows no infinity: an error that is none becomes null."""
-
-    def plain(value: object) -> object:
-        if isinstance(value, dict):
-            return {key: plain(item) for key, item in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [plain(item) for item in value]
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
-    return json_module.dumps(plain(value), indent=2)
+app.command("tune")(tune)
+app.command("warmup")(warmup)
 
 
 @app.command()
@@ -117,13 +89,13 @@ def run(
         text=text,
         tokens=tokens,
         dtype=None if dtype is None else dtype_of(dtype),
-        device=_device(device),
+        device=device_from(device),
         backend=backend,
         output=output,
     )
     report = run_layer(checkpoint, job)
     if json:
-        typer.echo(_json({**asdict(report), "ok": report.ok}))
+        typer.echo(as_json({**asdict(report), "ok": report.ok}))
     else:
         show.report(report)
     if not report.ok:
@@ -138,10 +110,10 @@ def explain_command(
     hidden: Annotated[int | None, typer.Option(min=1, help="H.")] = None,
     intermediate: Annotated[int | None, typer.Option(min=1, help="I.")] = None,
     tokens: Annotated[int, typer.Option(min=1, help="T.")] = 128,
-    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    dtype: DType = "bfloat16",
     activation: Annotated[str, typer.Option(help="Name of the activation.")] = "silu",
     weight_layout: Annotated[str, typer.Option(help="Storage of the experts, NK or KN.")] = "NK",
-    scheme: Annotated[str, typer.Option(help="Quantisation scheme of the experts; see README.md.")] = "none",
+    scheme: Scheme = "none",
     arch: Annotated[
         str | None, typer.Option(help="sm_75, sm_80, sm_86, sm_89, sm_90, sm_100, gfx942 or cpu; this device.")
     ] = None,
@@ -176,7 +148,7 @@ def explain_command(
         batch_invariant=batch_invariant,
     )
     if json:
-        typer.echo(_json(found))
+        typer.echo(as_json(found))
     else:
         show.explanation(found)
 
@@ -189,7 +161,7 @@ def env(json: Json = False) -> None:
 
     found = environment()
     if json:
-        typer.echo(_json(found))
+        typer.echo(as_json(found))
     else:
         show.environment(found)
 
@@ -209,7 +181,7 @@ def check(
     from fusedmoe.cli import show
     from fusedmoe.selftest import selftest
 
-    where = _device(device)
+    where = device_from(device)
     if fuzz is not None:
         _fuzz(where, fuzz, seed, jobs, json=json)
         return
@@ -220,7 +192,7 @@ def check(
             show.capability(result)
     ok = all(result.ok for result in results)
     if json:
-        typer.echo(_json({"device": str(where), "ok": ok, "results": [asdict(result) for result in results]}))
+        typer.echo(as_json({"device": str(where), "ok": ok, "results": [asdict(result) for result in results]}))
     else:
         failed = sum(not result.ok for result in results)
         typer.echo(f"{len(results) - failed} of {len(results)} passed on {where}")
@@ -249,7 +221,7 @@ def _fuzz(device: torch.device, count: int, seed: int | None, jobs: int, *, json
     seconds = time.monotonic() - start
     if json:
         found = {"device": name_of(device), "versions": versions(), "seed": seed, "problems": ran, "seconds": seconds}
-        typer.echo(_json({**found, "worst": worst, "wrong": [asdict(outcome) for outcome in wrong]}))
+        typer.echo(as_json({**found, "worst": worst, "wrong": [asdict(outcome) for outcome in wrong]}))
     else:
         typer.echo(
             f"{ran} random problems on {name_of(device)}, seed {seed}: {len(wrong)} wrong; "
@@ -266,7 +238,7 @@ def bench(
         typer.Option(help="A known model, E,top_k,H,I, or the path of a config.json; repeatable; all known models."),
     ] = None,
     tokens: Annotated[str | None, typer.Option(help="Numbers of tokens, such as 1,8,32.")] = None,
-    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    dtype: DType = "bfloat16",
     scheme: Annotated[
         list[str] | None, typer.Option(help="Quantisation scheme of the experts, or none; repeatable; none.")
     ] = None,
@@ -305,11 +277,11 @@ def bench(
 
     if plot is not None:
         drawing.require_matplotlib()
-    where, kind = _device(device), benchmark.dtype_of(dtype)
+    where, kind = device_from(device), benchmark.dtype_of(dtype)
     shapes = [benchmark.shape_of(name) for name in shape or benchmark.SHAPES]
     counts = benchmark.TOKENS_CPU if where.type == "cpu" else benchmark.TOKENS
     if tokens is not None:
-        counts = tuple(_integers("--tokens", tokens))
+        counts = tuple(integers("--tokens", tokens))
     schemes = scheme or ["none"]
     figures = [benchmark.read_peer(path) for path in beside or ()]
     how: dict[str, Any] = {
@@ -343,9 +315,9 @@ def bench(
         "beside": [{key: getattr(one, key) for key in ("name", "device", "scheme", "source")} for one in figures],
     }
     if quiet:
-        typer.echo(_json(found))
+        typer.echo(as_json(found))
     elif json is not None:
-        _write(Path(json), _json(found) + "\n")
+        _write(Path(json), as_json(found) + "\n")
     if plot is not None:
         files = drawing.plot([asdict(row) for row in rows], asdict(ceilings), plot, title=name_of(where))
         typer.echo(f"written: {', '.join(map(str, files))}", err=quiet)

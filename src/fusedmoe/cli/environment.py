@@ -24,6 +24,7 @@ VARIABLES = {
     "batch_invariant": "FUSEDMOE_BATCH_INVARIANT",
     "vllm": "FUSEDMOE_VLLM",
     "sglang": "FUSEDMOE_SGLANG",
+    "tuned": "FUSEDMOE_TUNED",
     "interpret": "TRITON_INTERPRET",
 }
 PACKAGES = ("torch", "triton", "transformers", "safetensors", "typer", "rich")

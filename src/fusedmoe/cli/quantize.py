@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from fusedmoe.cli.options import Json, as_json, device_from
 from fusedmoe.errors import OptionError, explain
 
 
@@ -30,11 +31,10 @@ def quantize(
     zero: Annotated[bool, typer.Option("--zero", help="With zero points.")] = False,
     shard_gb: Annotated[float, typer.Option(min=0.001, help="Limit of a file, in 10^9 bytes.")] = 5.0,
     device: Annotated[str | None, typer.Option(help="Where to compute; the first GPU, else the CPU.")] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")] = False,
+    json: Json = False,
 ) -> None:
     """Quantise the experts of a checkpoint, rounding to nearest, and report the errors of each layer."""
     from fusedmoe.checkpoint.convert import quantize_checkpoint
-    from fusedmoe.cli.app import _device, _json
 
     made = quantize_checkpoint(
         source,
@@ -44,10 +44,10 @@ def quantize(
         block=_block(block),
         zero=zero,
         shard_bytes=int(shard_gb * 1e9),
-        device=_device(device),
+        device=device_from(device),
     )
     if json:
-        typer.echo(_json({"target": str(target), **asdict(made)}))
+        typer.echo(as_json({"target": str(target), **asdict(made)}))
         return
     from rich.console import Console
     from rich.table import Table

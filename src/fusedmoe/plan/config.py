@@ -7,6 +7,8 @@ from typing import Literal
 
 #: Most slots that the path without a schedule takes; also the width of its id vectors.
 FEW = 64
+#: Operands that are loaded by tensor map.
+Maps = Literal["none", "w", "xw"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +32,7 @@ class KernelConfig:
     warps: int = 4
     stages: int = 3
     group_m: int = 1
-    maps: Literal["none", "w", "xw"] = "none"
+    maps: Maps = "none"
     programs_per_sm: int = 0
     flatten: bool = False
     swap: bool = False

@@ -36,18 +36,9 @@ def _next_power_of_2(value: float) -> int:
 
 def sm90_plan(problem: Problem, target: Target) -> TritonPlan:
     """The same pipeline with the warp-specialised GEMMs of Hopper, for a problem that they support."""
-    first, second = problem.gate_up_gemm, problem.down_gemm
-    gate_up = _specialised(problem, first, target, gate_up=True)
-    down = _specialised(problem, second, target, gate_up=False)
-    return replace(
-        triton_plan(problem, target),
-        few=False,
-        gather=gate_up.maps == "xw",
-        overlap=True,
-        gate_up=gate_up,
-        down=down,
-        requantise=requantise(second, gate_up),
-    )
+    gate_up = _specialised(problem, problem.gate_up_gemm, target, gate_up=True)
+    down = _specialised(problem, problem.down_gemm, target, gate_up=False)
+    return assemble(problem, target, few=False, gate_up=gate_up, down=down)
 
 
 def why_portable(problem: Problem, target: Target) -> str | None:
@@ -129,10 +120,16 @@ def triton_plan(problem: Problem, target: Target) -> TritonPlan:
         block_m = min(block_m, 64)
     if target.interpret:
         block_m = min(block_m, 32)
-    first, second = gemms
+    gate_up, down = tiles_of_height(problem, target, block_m, few=few)
+    return assemble(problem, target, few=few, gate_up=gate_up, down=down)
+
+
+def tiles_of_height(problem: Problem, target: Target, block_m: int, *, few: bool) -> tuple[KernelConfig, KernelConfig]:
+    """Portable tiles of the two GEMMs, of so many rows or fewer."""
+    gemms = first, _ = problem.gate_up_gemm, problem.down_gemm
     gate_up, down = (
         _fit(
-            _adapted(_ideal(problem, target, block_m, gemm, few=few, gate_up=gemm is first), problem, gemm, target),
+            adapted(_ideal(problem, target, block_m, gemm, few=few, gate_up=gemm is first), problem, gemm, target),
             gemm,
             target,
         )
@@ -140,24 +137,28 @@ def triton_plan(problem: Problem, target: Target) -> TritonPlan:
     )
     # Both GEMMs work on the same tiles.
     block_m = min(gate_up.block_m, down.block_m)
-    gate_up, down = replace(gate_up, block_m=block_m), replace(down, block_m=block_m)
-    gather = gate_up.maps == "xw"
+    return replace(gate_up, block_m=block_m), replace(down, block_m=block_m)
+
+
+def assemble(problem: Problem, target: Target, *, few: bool, gate_up: KernelConfig, down: KernelConfig) -> TritonPlan:
+    """The plan with these tiles; everything else in it follows."""
+    first, second = problem.gate_up_gemm, problem.down_gemm
     return TritonPlan(
         few=few,
-        gather=gather,
+        gather=gate_up.maps == "xw",
         overlap=_overlap(problem, target, down, few=few),
         gate_up=gate_up,
         down=down,
         combine_block=max(16, min(1024, _next_power_of_2(problem.hidden))),
         multiply=(multiply_in(first, target), multiply_in(second, target)),
         requantise=requantise(second, gate_up),
-        shrink=_shrink(problem, target, block_m, few=few),
+        shrink=_shrink(problem, target, gate_up.block_m, few=few),
     )
 
 
-def _adapted(config: KernelConfig, problem: Problem, gemm: Gemm, target: Target) -> KernelConfig:
+def adapted(config: KernelConfig, problem: Problem, gemm: Gemm, target: Target) -> KernelConfig:
     """A tile that has registers for what adapters add to it, beside its sums, and no other sums in another order."""
-    if not gemm.rank:
+    if not gemm.rank or config.specialised:
         return config
     config = replace(config, programs_per_sm=0, flatten=False)
     halves = 2 if gemm.width == 2 and problem.gate_up == "concatenated" else 1  # added one after the other
@@ -345,7 +346,9 @@ def _decoded(target: Target, block_m: int, gemm: Gemm, *, gate_up: bool) -> Kern
         words = replace(tile, words=True)
         if not why_no_words(words, gemm, target):
             return words
-        return tile if hopper or gemm.format.per_byte == 2 else replace(tile, block_k=32)
+        if hopper or gemm.format.per_byte == 2:
+            return tile
+        return replace(tile, block_k=32, stages=4 if tile.block_m == 16 else 3)
     short = replace(words, block_k=64)
     if block_m == 16:
         return replace(words, stages=5)
@@ -401,7 +404,9 @@ def _lonely(problem: Problem, target: Target, gemm: Gemm, tile: KernelConfig) ->
     """
     very = 2 * _programs(problem, gemm, tile.block_n) <= target.n_sm
     if gemm.format is not None and bytes_of(multiply_in(gemm, target)) > 1:
-        return replace(tile, block_k=2 * tile.block_k, stages=4) if very and tile.words else tile
+        scales = gemm.format.block[1]  # with zero points or many scales a longer step spills
+        longer = very and tile.words and not gemm.format.zero and not 0 < scales < 32
+        return replace(tile, block_k=2 * tile.block_k, stages=4) if longer else tile
     tile = replace(tile, stages=6)
     if not very or tile.block_n < 32:
         return tile

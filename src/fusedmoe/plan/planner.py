@@ -7,10 +7,11 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from fusedmoe.errors import OptionError, UnsupportedError, explain
+from fusedmoe.plan import heuristics, tables
 from fusedmoe.plan.config import Plan, TritonPlan
-from fusedmoe.plan.heuristics import sm90_plan, triton_plan, why_portable
+from fusedmoe.plan.heuristics import adapted, assemble, sm90_plan, triton_plan, why_portable
 from fusedmoe.plan.invariance import alike, anchor_tokens
-from fusedmoe.plan.validity import why_not
+from fusedmoe.plan.validity import why_not_plan
 from fusedmoe.settings import settings
 from fusedmoe.spec.problem import Problem
 from fusedmoe.target import Target
@@ -21,17 +22,11 @@ def _torch(problem: Problem, target: Target) -> list[str]:
     return []
 
 
-def _against(plan: TritonPlan, problem: Problem, target: Target) -> list[str]:
-    """Every reason against the kernels of a plan."""
-    gemms = {"gate-up": (plan.gate_up, problem.gate_up_gemm), "down": (plan.down, problem.down_gemm)}
-    return [f"{name}: {reason}" for name, (config, gemm) in gemms.items() for reason in why_not(config, gemm, target)]
-
-
 def _gluon_sm90(problem: Problem, target: Target) -> list[str]:
     """The pipeline of Triton with the warp-specialised GEMMs of Hopper."""
     reasons = _triton(problem, target)
     if not reasons:
-        reasons += _against(sm90_plan(problem, target), problem, target)
+        reasons += why_not_plan(sm90_plan(problem, target), problem, target)
     return reasons
 
 
@@ -48,7 +43,7 @@ def _triton(problem: Problem, target: Target) -> list[str]:
     if target.vendor == "nvidia" and target.capability < 80 and problem.dtype == "bfloat16":
         reasons.append(f"{target.arch} has no bfloat16 arithmetic (sm_80 and newer have)")
     if not reasons:
-        reasons += _against(triton_plan(problem, target), problem, target)
+        reasons += why_not_plan(triton_plan(problem, target), problem, target)
     return reasons
 
 
@@ -72,13 +67,56 @@ def support(problem: Problem, target: Target) -> dict[str, tuple[str, ...]]:
 def choose(problem: Problem, target: Target, backend: str | None = None) -> Plan:
     """The plan for a problem; ``backend`` None takes the process's setting, any but "auto" must be able to take it.
 
+    Tiles are those of a file of ``fusedmoe tune`` that speaks for the problem, else of the heuristics. Batch-invariant
+    calls are planned without files: their bits must not depend on which were there.
+
     Raises:
         OptionError: no backend of that name.
         UnsupportedError: none can, or the named one cannot; every reason of every backend is in the message.
     """
     # As text, so that what is no name is an unknown name.
-    how = _choose_alike if problem.batch_invariant else _choose
-    return how(problem, target, settings().backend if backend is None else str(backend))
+    name = settings().backend if backend is None else str(backend)
+    if problem.batch_invariant:
+        return _choose_alike(problem, target, name)
+    return _measured(problem, target, name) or _choose(problem, target, name)
+
+
+def untuned(problem: Problem, target: Target, backend: str = "auto") -> Plan:
+    """The plan without any file, that of the heuristics; raises as :func:`choose` does."""
+    return _choose(problem, target, backend)
+
+
+def tokens_before_breaks(problem: Problem, target: Target) -> list[int]:
+    """Token counts below the problem's after which a call may be planned otherwise, and with less workspace."""
+    measured = [] if problem.batch_invariant else tables.tokens_before_breaks(problem, target)
+    return [*heuristics.tokens_before_breaks(problem), *measured]
+
+
+@functools.lru_cache(maxsize=4096)
+def _measured(problem: Problem, target: Target, backend: str) -> Plan | None:
+    """The plan of a file, if one speaks for the problem, with tiles that can run it, on a backend that may be used."""
+    # Rows without an adapter keep the bits of the layer without adapters: they are planned alike.
+    found = tables.lookup(replace(problem, adapters=None), target)
+    if found is None:
+        return None
+    entry, path = found
+    if (
+        entry.gate_up is None
+        or entry.down is None
+        or entry.backend not in PLANS
+        or backend not in ("auto", entry.backend)
+    ):
+        return None
+    gate_up = adapted(entry.gate_up, problem, problem.gate_up_gemm, target)
+    down = adapted(entry.down, problem, problem.down_gemm, target)
+    plan = assemble(problem, target, few=entry.few, gate_up=gate_up, down=down)
+    if SUPPORTS[entry.backend](problem, target) or why_not_plan(plan, problem, target):
+        return None
+    why = f"measured for {entry.slots} slots" + (f", {entry.date}" if entry.date else "") + f": {path}"
+    before = [name for name in SUPPORTS if backend == "auto" and name != entry.backend]
+    faster = ("slower than what was measured",)
+    refused = ((name, tuple(SUPPORTS[name](problem, target)) or faster) for name in before)
+    return Plan(backend=entry.backend, triton=plan, why=why, refused=tuple(refused))
 
 
 @functools.lru_cache(maxsize=4096)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from fusedmoe.plan.arithmetic import bytes_of, multiply_in
-from fusedmoe.plan.config import KernelConfig
-from fusedmoe.spec.problem import Gemm
+from fusedmoe.plan.config import FEW, KernelConfig, TritonPlan
+from fusedmoe.spec.problem import Gemm, Problem
 from fusedmoe.target import Target
 
 #: Shared memory beside the operand buffers: barriers of tensor maps, reductions of the few-token path.
@@ -46,6 +46,23 @@ def shared_bytes(config: KernelConfig, gemm: Gemm, target: Target) -> int:
     if gemm.format is not None and math != gemm.format.element:
         buffers += (wide(config, gemm) // gemm.width * 2 + config.block_m) * config.block_k * bytes_of(math)
     return _EXTRA + (buffers + epilogue // 4 if config.programs_per_sm else max(buffers, epilogue))
+
+
+def why_not_plan(plan: TritonPlan, problem: Problem, target: Target) -> list[str]:
+    """Every reason against the kernels of a plan; empty when there is none."""
+    gemms = {"gate-up": (plan.gate_up, problem.gate_up_gemm), "down": (plan.down, problem.down_gemm)}
+    reasons = [
+        f"{name}: {reason}" for name, (config, gemm) in gemms.items() for reason in why_not(config, gemm, target)
+    ]
+    if plan.gate_up.block_m != plan.down.block_m:
+        reasons.append(f"the GEMMs share tiles of rows, of {plan.gate_up.block_m} and {plan.down.block_m}")
+    if plan.few and problem.slots > FEW:
+        reasons.append(f"{problem.slots} slots need a schedule: without one there are at most {FEW}")
+    if plan.few and (plan.gather or plan.gate_up.maps != "none" or plan.down.maps != "none"):
+        reasons.append("tiles that every program finds in the ids are loaded by pointer")
+    if plan.few and (plan.gate_up.specialised or plan.down.specialised):
+        reasons.append("the warp-specialised kernel reads a schedule")
+    return reasons
 
 
 def why_not(config: KernelConfig, gemm: Gemm, target: Target) -> list[str]:

@@ -138,7 +138,48 @@ def true_float32() -> Iterator[None]:
             library.fp32_precision = precision
 
 
-@torch.no_grad()
+class Oracle:
+    """What the reference makes of a call, computed once, to compare several results with.
+
+    Args:
+        arguments, options, dtype: as :func:`verify` has them; type of the layer.
+    """
+
+    @torch.no_grad()
+    def __init__(self, arguments: tuple[Any, ...], options: Mapping[str, Any], dtype: torch.dtype) -> None:
+        x, w13, w2, topk_weights, topk_ids = arguments
+        formats = [w.format if isinstance(w, ExpertMatrix) else None for w in (w13, w2)]
+        inputs = [form.inputs for form in formats if form is not None]
+        modes = {one.mode for one in inputs if one is not None}
+        self._rows: Tensor | None = None
+        if x.shape[0] > FULL and "tensor" not in modes:  # where all rows share a scale, that of a sample is another
+            generator = torch.Generator().manual_seed(0)
+            rows = self._rows = torch.randperm(x.shape[0], generator=generator)[:SAMPLE].to(x.device)
+            x, topk_weights, topk_ids = x[rows], topk_weights[rows], topk_ids[rows]
+            scale = options.get("hidden_states_scale")
+            if scale is not None and scale.numel() > 1:
+                options = {**options, "hidden_states_scale": scale[rows]}
+            if (adapter_ids := options.get("adapter_ids")) is not None:
+                options = {**options, "adapter_ids": adapter_ids[rows]}
+        per_expert = math.prod(w13.shape[1:]) + math.prod(w2.shape[1:])
+        exact = dtype == torch.float32 or topk_ids.numel() * per_expert <= SMALL
+        kind = torch.float64 if exact else torch.float32
+        with true_float32():
+            self._want = expected((x, w13, w2, topk_weights, topk_ids), options, kind)
+        codes = (x.numel(), topk_ids.numel() * w2.shape[2])
+        self._tolerance = tolerance(dtype, *formats, codes=codes)
+
+    @torch.no_grad()
+    def verdict(self, out: Tensor) -> Verdict:
+        """Compare a result [T, H] with it."""
+        return Verdict(
+            error=relative_error(out if self._rows is None else out[self._rows], self._want),
+            tolerance=self._tolerance,
+            reference=str(self._want.dtype).removeprefix("torch."),
+            rows=self._want.shape[0],
+        )
+
+
 def verify(out: Tensor, arguments: tuple[Any, ...], options: Mapping[str, Any]) -> Verdict:
     """Compare ``out`` with the reference on the same arguments, on their device.
 
@@ -147,28 +188,4 @@ def verify(out: Tensor, arguments: tuple[Any, ...], options: Mapping[str, Any]) 
         arguments: its positional arguments: hidden_states, w13, w2, topk_weights, topk_ids.
         options: those of its options that :func:`fusedmoe.reference.fused_experts` has, and dtype.
     """
-    x, w13, w2, topk_weights, topk_ids = arguments
-    formats = [w.format if isinstance(w, ExpertMatrix) else None for w in (w13, w2)]
-    inputs = [form.inputs for form in formats if form is not None]
-    modes = {one.mode for one in inputs if one is not None}
-    if x.shape[0] > FULL and "tensor" not in modes:  # where all rows share a scale, that of a sample is another
-        generator = torch.Generator().manual_seed(0)
-        rows = torch.randperm(x.shape[0], generator=generator)[:SAMPLE].to(x.device)
-        out, x, topk_weights, topk_ids = out[rows], x[rows], topk_weights[rows], topk_ids[rows]
-        scale = options.get("hidden_states_scale")
-        if scale is not None and scale.numel() > 1:
-            options = {**options, "hidden_states_scale": scale[rows]}
-        if (adapter_ids := options.get("adapter_ids")) is not None:
-            options = {**options, "adapter_ids": adapter_ids[rows]}
-    per_expert = math.prod(w13.shape[1:]) + math.prod(w2.shape[1:])
-    exact = out.dtype == torch.float32 or topk_ids.numel() * per_expert <= SMALL
-    dtype = torch.float64 if exact else torch.float32
-    with true_float32():
-        want = expected((x, w13, w2, topk_weights, topk_ids), options, dtype)
-    codes = (x.numel(), topk_ids.numel() * w2.shape[2])
-    return Verdict(
-        error=relative_error(out, want),
-        tolerance=tolerance(out.dtype, *formats, codes=codes),
-        reference=str(dtype).removeprefix("torch."),
-        rows=x.shape[0],
-    )
+    return Oracle(arguments, options, out.dtype).verdict(out)

@@ -1,0 +1,154 @@
+"""The commands ``fusedmoe warmup`` and ``fusedmoe tune``."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fusedmoe.cli.options import Backend, Device, DType, Json, Scheme, as_json, device_from, integers
+from fusedmoe.errors import OptionError, explain
+
+if TYPE_CHECKING:
+    from fusedmoe.tune import Progress
+
+_Shape = Annotated[str, typer.Argument(help="A known model (see bench), E,top_k,H,I, or the path of a config.json.")]
+_Threads = Annotated[int | None, typer.Option(min=1, help="Threads that compile; as many as CPUs, at most 8.")]
+
+
+def warmup(
+    shape: _Shape,
+    scheme: Scheme = "none",
+    tokens: Annotated[int, typer.Option(min=1, help="The largest T.")] = 8192,
+    dtype: DType = "bfloat16",
+    activation: Annotated[str, typer.Option(help="Name of the activation.")] = "silu",
+    interleaved: Annotated[bool, typer.Option("--interleaved", help="Gate and up rows alternate.")] = False,
+    bias: Annotated[bool, typer.Option("--bias", help="Both matrices have biases.")] = False,
+    device: Device = None,
+    backend: Backend = None,
+    threads: _Threads = None,
+    json: Json = False,
+) -> None:
+    """Compile every kernel for T = 1 to --tokens into Triton's cache on disk, where later processes find them."""
+    import fusedmoe
+    from fusedmoe.bench import draw_layer, dtype_of, shape_of
+
+    layer = draw_layer(
+        shape_of(shape),
+        dtype=dtype_of(dtype),
+        device=device_from(device),
+        scheme=scheme,
+        activation=activation,
+        gate_up_layout="interleaved" if interleaved else "concatenated",
+        bias=bias,
+    )
+    x, w13, w2, weights, ids = layer.call(tokens)
+
+    def call(n: int) -> object:
+        return fusedmoe.fused_experts(x[:n], w13, w2, weights[:n], ids[:n], backend=backend, **layer.options)
+
+    done = fusedmoe.warmup(call, tokens, threads=threads)
+    if json:
+        typer.echo(as_json(asdict(done)))
+    else:
+        typer.echo(f"{done.variants} kernels for T = 1 to {tokens} in {done.seconds:.1f} s")
+
+
+def tune(
+    shape: _Shape,
+    scheme: Scheme = "none",
+    tokens: Annotated[
+        str | None, typer.Option(help="Numbers of tokens, such as 1,8,32; powers of two to 8192.")
+    ] = None,
+    dtype: DType = "bfloat16",
+    device: Device = None,
+    write: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder of the file; the user's cache, which the planner reads.")
+    ] = None,
+    seconds: Annotated[
+        float | None, typer.Option(min=1, help="For all together; 110, without end if exhaustive.")
+    ] = None,
+    exhaustive: Annotated[
+        bool, typer.Option("--exhaustive", help="Measure every neighbour, not the likeliest.")
+    ] = False,
+    again: Annotated[bool, typer.Option("--again", help="Measure also what the file has already.")] = False,
+    threads: _Threads = None,
+    vllm: Annotated[bool, typer.Option("--vllm", help="Write beside it the file that vLLM would look for.")] = False,
+    from_vllm: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Measure nothing: take the tiles of a tuned file of vLLM.")
+    ] = None,
+) -> None:
+    """Find the fastest tiles of a layer on this device, number of tokens by number of tokens, and write them down."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.progress import Progress as Bar
+
+    from fusedmoe.bench import dtype_of, shape_of
+    from fusedmoe.tune import KEEP, SECONDS, TOKENS, export, take_over, tune as search
+
+    layer: dict[str, Any] = {
+        "dtype": dtype_of(dtype), "device": device_from(device), "scheme": scheme, "folder": write,
+    }  # fmt: skip
+    one = shape_of(shape)
+    command = "fusedmoe tune " + " ".join(sys.argv[2:])
+    if from_vllm is not None:
+        written, refused = take_over(one, _text(from_vllm), command=command, **layer)
+        for n, reasons in refused.items():
+            typer.echo(f"T {n}: left out: {'; '.join(reasons)}", err=True)
+        typer.echo(f"written: {written}")
+        return
+    counts = sorted(set(TOKENS if tokens is None else integers("--tokens", tokens)))
+    path: Path | None = None
+    with Bar(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=len(counts))
+        for step in search(
+            one,
+            counts,
+            command=command,
+            keep=None if exhaustive else KEEP,
+            seconds=seconds or (None if exhaustive else SECONDS),
+            threads=threads,
+            again=again,
+            note=lambda step: bar.update(task, description=escape(_best(step))),
+            **layer,
+        ):
+            typer.echo(_line(step))
+            bar.update(task, completed=counts.index(step.tokens) + 1)
+            path = step.path
+    if path is None:
+        raise OptionError(
+            explain("tuning", got="no time of any call", wanted="one that runs", do="Try fusedmoe check.")
+        )
+    typer.echo(f"written: {path}")
+    if vllm:
+        typer.echo(f"written: {export(one, **layer)}")
+
+
+def _best(step: Progress) -> str:
+    """The best so far, on one line."""
+    from fusedmoe.bench.layer import describe_tile
+
+    if step.tiles is None:
+        return f"T {step.tokens}"
+    few, gate_up, down = step.tiles
+    path = "few tokens" if few else "scheduled"
+    return f"T {step.tokens}: {step.us:.1f} us, {path}; {describe_tile(gate_up)}; {describe_tile(down)}"
+
+
+def _line(step: Progress) -> str:
+    """The result for a number of tokens, on one line."""
+    entry, said = step.entry, "in the file already" if step.resumed else f"{step.tried} tried"
+    if entry is None or entry.gate_up is None or entry.us is None or entry.planned_us is None:
+        return f"T {step.tokens}: as planned; {said}"
+    gain = entry.planned_us / entry.us - 1
+    return f"T {step.tokens}: {entry.us:.1f} us, planned {entry.planned_us:.1f} (+{gain:.0%}); {said}"
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as cause:
+        raise OptionError(explain(f"file {path}", got=cause, wanted="a readable file", do="Check the path.")) from cause
