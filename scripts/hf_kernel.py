@@ -22,7 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ROOT / "src" / "fusedmoe"
 #: What is for people or for other libraries, and imported by nothing that is left.
-LEFT_BEHIND = ("bench", "cli", "integrations", "selftest.py", "testing")
+LEFT_BEHIND = ("bench", "cli", "integrations", "selftest.py", "testing", "tune")
 #: Backends of torch where the kernels were compiled, or that the torch backend serves; a directory each.
 BACKENDS = ("cpu", "cuda", "rocm")
 #: How the package says its operators' namespace.
@@ -81,6 +81,7 @@ def main() -> None:
     modules = {p: text for p, text in modules.items() if p.relative_to(SOURCE).parts[0] not in LEFT_BEHIND}
     # Two builds in one process are two operators, so their namespaces differ; one build has one wherever it is made.
     digest = hashlib.sha256("".join(modules.values()).encode()).hexdigest()[:12]
+    tables = sorted(SOURCE.glob("plan/tables/*.json"))
     for backend in BACKENDS:
         identifier = f"_fusedmoe_{backend}_{digest}"
         build = options.directory / "build" / f"torch-{backend}"
@@ -88,6 +89,8 @@ def main() -> None:
             where = build / path.relative_to(SOURCE)
             where.parent.mkdir(parents=True, exist_ok=True)
             where.write_text(NAMESPACE.sub(identifier, relative(path, text)), encoding="utf-8")
+        for table in tables:
+            (build / table.relative_to(SOURCE)).write_bytes(table.read_bytes())
         metadata = {
             "name": "fusedmoe",
             "id": identifier,

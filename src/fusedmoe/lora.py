@@ -56,6 +56,24 @@ class Adapter:
         """2 when gate and up have an A each, else 1."""
         return self.w13_a.shape[1] // self.rank
 
+    def of_experts(self, chosen: Sequence[int]) -> Adapter:
+        """The adapter of some of the experts, in this order: those of a rank. Copies; what all share stays as it is.
+
+        Raises:
+            ShapeError: an expert that there is not.
+        """
+        tensors = {}
+        for name in _MATRICES:
+            tensor = getattr(self, name)
+            if tensor.shape[0] > 1:
+                wrong = [one for one in chosen if not isinstance(one, int) or not 0 <= one < tensor.shape[0]]
+                if wrong or not len(chosen):
+                    wanted, do = f"some of 0 .. {tensor.shape[0] - 1}", "Take those of Placement.experts[rank]."
+                    raise ShapeError(explain("experts of an adapter", got=repr(chosen), wanted=wanted, do=do))
+                tensor = tensor[torch.tensor(chosen, device=tensor.device)]
+            tensors[name] = tensor
+        return Adapter(**tensors, scaling=self.scaling)
+
 
 class LoRA:
     """Adapters of the experts of one layer, stacked in a fixed number of slots.

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import time
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.distributed as dist
 
 import fusedmoe
+from fusedmoe import LoRA
 from fusedmoe.bench.routing import draw_routing
 from fusedmoe.errors import OptionError, ParallelError
 from fusedmoe.modular import Experts
@@ -102,6 +104,35 @@ def test_ranks_together_are_the_layer(ranks, shape, scheme, how):
         assert to_reference < tolerance + ROUNDING["bfloat16"]
         # Tiles depend on the number of rows, and so does the order of long sums.
         assert to_whole < 2 * tolerance + ROUNDING["bfloat16"]
+
+
+def with_adapters(shape, form, how):
+    """Adapters on each rank's experts, on this rank's tokens; and one process with all of them."""
+    case = replace(case_of(shape, form), ranks=(16, 5, 24))
+    (x, w13, w2, weights, ids), options = case.draw("cuda", seed=7)
+    lora, slot_of = options.pop("lora"), options.pop("adapter_ids")
+    experts = Placement.contiguous(case.experts, dist.get_world_size()).experts[dist.get_rank()]
+    here = LoRA(
+        *(t[:, list(experts)] if t.shape[1] > 1 else t for t in (lora.w13_a, lora.w13_b, lora.w2_a, lora.w2_b)),
+        scaling=lora.scaling,
+        rank=lora.rank,
+        adapter_enabled=lora.adapter_enabled,
+    )
+    layer = Experts(w13, w2, **options)
+    parallel = ExpertParallel(None, share(layer, experts), top_k=case.top_k, adapters=True, **how)
+    arguments = mine((x, weights, ids, slot_of), shape[0])
+    got = parallel(*arguments[:3], lora=here, adapter_ids=arguments[3])
+    adapters = {"lora": lora, "adapter_ids": slot_of}
+    want = mine([expected((x, w13, w2, weights, ids), {**options, **adapters})], shape[0])[0]
+    return relative_error(got, want) if got.shape[0] else 0.0, case.tolerance
+
+
+@pytest.mark.parametrize("how", [{}, {"max_tokens": 1500}, {"parts": 2}], ids=str)
+@pytest.mark.parametrize("scheme", [None, "fp8_block", "int4_w4a16"])
+def test_adapters_travel_with_their_tokens(ranks, scheme, how):
+    form = None if scheme is None else format_of(scheme)
+    for error, tolerance in ranks.run(with_adapters, SHAPES["prefill"], form, dict(how)):
+        assert error < tolerance + ROUNDING["bfloat16"]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])

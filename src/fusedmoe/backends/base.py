@@ -60,6 +60,7 @@ class Rows(NamedTuple):
     scale: torch.Tensor | None  #    [R, groups] float32
     places: torch.Tensor  #          [R, top_k] int32
     weights: torch.Tensor  #         [R, top_k] float32
+    adapters: torch.Tensor | None  # [R] int32, slots of adapters, where they travel
 
 
 class Transit(Protocol):
@@ -93,6 +94,7 @@ class Transit(Protocol):
         x: torch.Tensor,
         scale: torch.Tensor | None,
         weights: torch.Tensor,
+        adapter_ids: torch.Tensor | None,
         sends: Sends,
         capacity: int | None,
         out: Rows,

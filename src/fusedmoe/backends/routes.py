@@ -73,7 +73,7 @@ def ids_of(call: Call) -> Ids:
         call.topk_ids.stride(0),
         call.topk_ids.stride(1),
         call.expert_map,
-        call.n_global,
+        odd_of(call.n_global),
         problem.experts,
         tl.constexpr(problem.top_k),
         odd_of(problem.slots),

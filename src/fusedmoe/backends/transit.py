@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fusedmoe.backends.base import Places, Rows, Sends
+from fusedmoe.lora import MAX_SLOTS
 from fusedmoe.numerics import quantise_inputs, wide
 from fusedmoe.spec.format import ELEMENTS, Inputs
 
@@ -78,7 +79,10 @@ def rows_of(n_tokens: int, top_k: int, ranks: int, capacity: int | None) -> int:
     return n_tokens * min(ranks, top_k) if capacity is None else ranks * capacity
 
 
-def pack(x: Tensor, scale: Tensor | None, weights: Tensor, sends: Sends, capacity: int | None, out: Rows) -> None:
+def pack(
+    x: Tensor, scale: Tensor | None, weights: Tensor, adapter_ids: Tensor | None, sends: Sends, capacity: int | None,
+    out: Rows,
+) -> None:  # fmt: skip
     """Write messages."""
     n_rows = out.places.shape[0]
     token = sends.token[:n_rows]
@@ -86,6 +90,9 @@ def pack(x: Tensor, scale: Tensor | None, weights: Tensor, sends: Sends, capacit
         pairs = [(x, out.hidden_states), (sends.places, out.places), (weights.to(torch.float32), out.weights)]
         if scale is not None and out.scale is not None:
             pairs.append((scale, out.scale))
+        if adapter_ids is not None and out.adapters is not None:
+            slots = torch.where((adapter_ids >= 0) & (adapter_ids < MAX_SLOTS), adapter_ids, -1)
+            pairs.append((slots.to(torch.int32)[:, None], out.adapters[:, None]))
         for source, target in pairs:
             bits, target_bits = words(source, target)
             torch.index_select(bits, 0, token, out=target_bits)

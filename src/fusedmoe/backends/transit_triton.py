@@ -20,6 +20,7 @@ from fusedmoe.backends.workspace import Workspace
 from fusedmoe.kernels import arrange, overlap, quantise, sends as kernels
 from fusedmoe.kernels.combine import by_id, combine
 from fusedmoe.kernels.operands import Ids, Rows, odd_of
+from fusedmoe.lora import MAX_SLOTS
 from fusedmoe.plan.arithmetic import multiplies
 from fusedmoe.settings import settings
 from fusedmoe.spec.format import ELEMENTS, Inputs
@@ -107,7 +108,10 @@ def sends(topk_ids: Tensor, places: Places, rank: int, capacity: int | None) -> 
     return Sends(chosen, counts, token, answer)
 
 
-def pack(x: Tensor, scale: Tensor | None, weights: Tensor, sends: Sends, capacity: int | None, out: Messages) -> None:
+def pack(
+    x: Tensor, scale: Tensor | None, weights: Tensor, adapter_ids: Tensor | None, sends: Sends, capacity: int | None,
+    out: Messages,
+) -> None:  # fmt: skip
     """Write messages."""
     n_rows = out.places.shape[0]
     if not n_rows:
@@ -115,13 +119,16 @@ def pack(x: Tensor, scale: Tensor | None, weights: Tensor, sends: Sends, capacit
     bits, target = words(x, out.hidden_states)
     scales = (None, 0, None, 0) if out.scale is None or scale is None else (
         scale, scale.stride(0), out.scale, out.scale.stride(0))  # fmt: skip
+    adapters = (None, 0, None, 0) if out.adapters is None or adapter_ids is None else (
+        adapter_ids, adapter_ids.stride(0), out.adapters, out.adapters.stride(0))  # fmt: skip
     with device_guard(x.device):
         launch(
             kernels.pack,
             (n_rows,),
             *(sends.token, sends.counts, capacity or 0, bits, bits.stride(0), target, target.stride(0), *scales),
             *(sends.places, out.places, out.places.stride(0)),
-            *(weights, *weights.stride(), out.weights, out.weights.stride(0)),
+            *(weights, *weights.stride(), out.weights, out.weights.stride(0), *adapters),
+            SLOTS=MAX_SLOTS,
             WORDS=bits.shape[1],
             GROUPS=0 if scale is None else scale.shape[1],
             TOP_K=weights.shape[1],
@@ -135,4 +142,4 @@ def pack(x: Tensor, scale: Tensor | None, weights: Tensor, sends: Sends, capacit
 def _numbers(index: Tensor, count: int) -> Ids:
     """Numbers of rows below ``count`` in the place of ids of experts."""
     top_k = tl.constexpr(index.shape[1])
-    return Ids(index, index.stride(0), index.stride(1), None, count, count, top_k, odd_of(index.numel()))
+    return Ids(index, index.stride(0), index.stride(1), None, odd_of(count), 1, top_k, odd_of(index.numel()))

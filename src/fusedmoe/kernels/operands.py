@@ -13,15 +13,15 @@ from typing import Any, NamedTuple
 class Ids(NamedTuple):
     """The user's choice of experts. Slot ``s = t * top_k + j`` is the j-th choice of token t."""
 
-    ptr: object  #       [T, top_k] int32 or int64; anything outside [0, n_global) is an absent expert
+    ptr: object  #         [T, top_k] int32 or int64; anything outside [0, n_global) is an absent expert
     stride_t: object
     stride_j: object
-    map_ptr: object  #   [n_global] int32 or int64, local id or negative; or None
-    n_global: object
-    n_local: object  #   E
-    top_k: object  #     constexpr
-    odd: object  #       2 S + 1, see odd_of
-    order: object = None  #     [T] int32: tokens in the order in which an expert has them, or None: in theirs
+    map_ptr: object  #     [n_global] int32 or int64, local id or negative; or None
+    odd_global: object  #  2 n_global + 1, see odd_of
+    n_local: object  #     E
+    top_k: object  #       constexpr
+    odd: object  #         2 S + 1
+    order: object = None  # [T] int32: tokens in the order in which an expert has them, or None: in theirs
 
 
 def odd_of(count: int) -> int:
@@ -51,7 +51,7 @@ class AdaptedIds(NamedTuple):
     stride_t: object
     stride_j: object
     map_ptr: object
-    n_global: object
+    odd_global: object
     n_local: object
     top_k: object
     odd: object

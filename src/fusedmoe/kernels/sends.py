@@ -96,9 +96,9 @@ def pack(
     token_ptr, counts_ptr, capacity,
     x_ptr, x_stride, x_out, x_out_stride, scale_ptr, scale_stride, scale_out, scale_out_stride,
     chosen_ptr, chosen_out, chosen_out_stride, weight_ptr, weight_stride_t, weight_stride_j, weight_out,
-    weight_out_stride,
-    WORDS: tl.constexpr, GROUPS: tl.constexpr, TOP_K: tl.constexpr, K_PAD: tl.constexpr, BLOCK: tl.constexpr,
-    BLOCK_G: tl.constexpr, PADDED: tl.constexpr,
+    weight_out_stride, adapter_ptr, adapter_stride, adapter_out, adapter_out_stride,
+    SLOTS: tl.constexpr, WORDS: tl.constexpr, GROUPS: tl.constexpr, TOP_K: tl.constexpr, K_PAD: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_G: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
     """A message; of a row that nobody fills only the places, which are absent."""
     row = tl.program_id(0).to(tl.int64)
@@ -113,6 +113,10 @@ def pack(
             _copy(scale_ptr, scale_stride, token, scale_out, scale_out_stride, row, GROUPS, BLOCK_G)
         weight = tl.load(weight_ptr + token * weight_stride_t + j * weight_stride_j, mask=j < TOP_K, other=0.0)
         tl.store(weight_out + row * weight_out_stride + j, weight.to(tl.float32), mask=j < TOP_K)
+        if adapter_ptr is not None:
+            slot = tl.load(adapter_ptr + token * adapter_stride)
+            slot = tl.where((slot >= 0) & (slot < SLOTS), slot, -1)  # before it is an int32
+            tl.store(adapter_out + row * adapter_out_stride, slot.to(tl.int32))
         chosen = tl.load(chosen_ptr + token * TOP_K + j, mask=j < TOP_K, other=-1)
         tl.store(chosen_out + row * chosen_out_stride + j, chosen, mask=j < TOP_K)
     else:

@@ -23,7 +23,7 @@ def local_expert(ids, slot, mask):
     token = (slot // ids.top_k).to(tl.int64)
     choice = (slot % ids.top_k).to(tl.int64)
     expert = tl.load(ids.ptr + token * ids.stride_t + choice * ids.stride_j, mask=mask, other=-1)
-    present = (expert >= 0) & (expert < ids.n_global)
+    present = (expert >= 0) & (expert < ids.odd_global // 2)
     if ids.map_ptr is not None:
         expert = tl.load(ids.map_ptr + tl.where(present, expert, 0), mask=present, other=-1)
         present = present & (expert >= 0) & (expert < ids.n_local)

@@ -35,6 +35,7 @@ class Part:
 
     hidden_states: Tensor
     topk_weights: Tensor
+    adapter_ids: Tensor | None
     sends: Sends
     sent: list[int] | None = None  #      rows for each rank; None: the capacity
     received: list[int] | None = None  #  rows of each rank
@@ -87,16 +88,24 @@ class AllToAll:
 
     # --- steps, each for one part of the tokens -------------------------------------------------------------------
 
-    def check(self, hidden_states: Tensor, topk_weights: Tensor, topk_ids: Tensor, out: Tensor | None = None) -> None:
+    def check(
+        self,
+        hidden_states: Tensor,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        out: Tensor | None = None,
+        adapter_ids: Tensor | None = None,
+    ) -> None:
         """Arguments that every rank can send.
 
         Raises:
             ShapeError, DTypeError, DeviceError, GradientError: one does not fit.
-            OptionError: more tokens than max_tokens.
+            OptionError: more tokens than max_tokens, or adapters that do not travel.
         """
         wire = self.wire
         tensors = {"hidden_states": hidden_states, "topk_weights": topk_weights, "topk_ids": topk_ids}
-        for name, tensor in (tensors if out is None else {**tensors, "out": out}).items():
+        given = {name: tensor for name, tensor in (("out", out), ("adapter_ids", adapter_ids)) if tensor is not None}
+        for name, tensor in {**tensors, **given}.items():
             if not isinstance(tensor, Tensor):
                 got = type(tensor).__name__
                 raise DTypeError(explain(name, got=got, wanted="a torch.Tensor", do="Convert it."))
@@ -114,9 +123,16 @@ class AllToAll:
             if tuple(tensor.shape) != shape:
                 do = "Pass what the router returned for these tokens."
                 raise ShapeError(explain(name, got=tuple(tensor.shape), wanted=shape, do=do))
-        if topk_ids.dtype not in (torch.int32, torch.int64):
-            do = "Cast them to int32."
-            raise DTypeError(explain("topk_ids", got=topk_ids.dtype, wanted="int32 or int64", do=do))
+        if adapter_ids is not None and not wire.adapters:
+            got, do = "rows that travel without them", "Make ExpertParallel with adapters=True, on all ranks."
+            raise OptionError(explain("adapter_ids", got=got, wanted="a layer made for adapters", do=do))
+        if adapter_ids is not None and tuple(adapter_ids.shape) != shape[:1]:
+            do = "Give one for each token, -1 for none."
+            raise ShapeError(explain("adapter_ids", got=tuple(adapter_ids.shape), wanted=shape[:1], do=do))
+        for name, ids in (("topk_ids", topk_ids), ("adapter_ids", adapter_ids)):
+            if ids is not None and ids.dtype not in (torch.int32, torch.int64):
+                do = "Cast them to int32."
+                raise DTypeError(explain(name, got=ids.dtype, wanted="int32 or int64", do=do))
         if not topk_weights.is_floating_point():
             do = "Cast them to float32."
             raise DTypeError(explain("topk_weights", got=topk_weights.dtype, wanted="a float type", do=do))
@@ -130,9 +146,14 @@ class AllToAll:
             got, wanted = f"{shape[0]} tokens", f"at most max_tokens = {self.max_tokens}"
             raise OptionError(explain("hidden_states", got=got, wanted=wanted, do="Raise max_tokens on all ranks."))
 
-    def layout(self, hidden_states: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Part:
+    def layout(
+        self, hidden_states: Tensor, topk_weights: Tensor, topk_ids: Tensor, adapter_ids: Tensor | None = None
+    ) -> Part:
         """Decide which token goes where."""
-        return Part(hidden_states, topk_weights, self.kernels.sends(topk_ids, self.table, self.rank, self.capacity))
+        if self.wire.adapters and adapter_ids is None:
+            adapter_ids = topk_ids.new_full(topk_ids.shape[:1], -1)
+        sends = self.kernels.sends(topk_ids, self.table, self.rank, self.capacity)
+        return Part(hidden_states, topk_weights, adapter_ids, sends)
 
     def blank(self) -> Part:
         """No tokens, for a rank that has to take part in what it cannot do."""
@@ -171,7 +192,7 @@ class AllToAll:
             x, scale = self.kernels.encode(x, wire.inputs, self.static)
         n_rows = sends.token.shape[0] if part.sent is None else sum(part.sent)
         messages = torch.empty(n_rows, wire.row_bytes, dtype=torch.uint8, device=self.device)
-        self.kernels.pack(x, scale, part.topk_weights, sends, self.capacity, wire.views(messages))
+        self.kernels.pack(*(x, scale, part.topk_weights, part.adapter_ids), sends, self.capacity, wire.views(messages))
         n_received = n_rows if part.received is None else sum(part.received)
         part.messages = messages.new_empty(n_received, wire.row_bytes)
         part.kept = [messages]

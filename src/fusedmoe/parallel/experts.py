@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from fusedmoe.errors import OptionError, ShapeError, UnsupportedError, explain
 from fusedmoe.expert_matrix import ExpertMatrix
+from fusedmoe.lora import LoRA
 from fusedmoe.modular import Experts, transit_of
 from fusedmoe.nn import FusedExperts
 from fusedmoe.parallel.all_to_all import AllToAll, Part
@@ -38,6 +39,7 @@ class ExpertParallel:
         device: torch.device | str | None = None,
         max_tokens: int | None = None,
         parts: int = 1,
+        adapters: bool = False,
     ) -> None:
         """Agree with the other ranks.
 
@@ -51,6 +53,8 @@ class ExpertParallel:
             max_tokens: most tokens of a rank in a call: the padded mode, in which nothing is read on the host and all
                 shapes are fixed, so that a call can be captured in a CUDA graph; None: the exact mode.
             parts: split the tokens of a call so that the experts of one part work while another one travels.
+            adapters: calls may have adapters: the slot of each token's travels with it, and hidden states travel
+                unquantised, which is what adapters multiply.
 
         Raises:
             OptionError, ShapeError: ranks do not fit together; on all of them.
@@ -60,7 +64,7 @@ class ExpertParallel:
         self.group = group_of(group)
         self.control = Control(self.group)
         self.layer: Experts | None = None
-        self.parts, self.max_tokens = parts, max_tokens
+        self.parts, self.max_tokens, self.adapters = parts, max_tokens, bool(adapters)
         error: Exception | None = None
         try:
             self.layer = None if layer is None else Experts.of(layer)
@@ -88,6 +92,7 @@ class ExpertParallel:
                 do = "See ExpertParallel."
                 raise OptionError(explain(name, got=repr(value), wanted="an integer above 0", do=do))
         facts: dict[str, object] = {"top_k": top_k, "parts": self.parts, "max_tokens": self.max_tokens}
+        facts["adapters"] = self.adapters
         facts |= {"placement": placement, "experts": 0, "hidden": None, "inputs": None, "static": None, "dtype": dtype}
         if placement is not None and placement.ranks != self.control.ranks:
             got, wanted = f"{placement.ranks} ranks", f"{self.control.ranks}, those of the group"
@@ -110,33 +115,52 @@ class ExpertParallel:
         return facts
 
     def __call__(
-        self, hidden_states: Tensor, topk_weights: Tensor, topk_ids: Tensor, *, out: Tensor | None = None
+        self,
+        hidden_states: Tensor,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        *,
+        lora: LoRA | None = None,
+        adapter_ids: Tensor | None = None,
+        out: Tensor | None = None,
     ) -> Tensor:
         """Run the layer: as :func:`fusedmoe.fused_experts` on the tokens of this rank with the experts of all.
 
         Args:
             hidden_states: [T, H] of this rank.
             topk_weights, topk_ids: [T, top_k]; ids among all experts, an id outside adds nothing.
+            lora: adapters of this rank's experts (:meth:`fusedmoe.Adapter.of_experts`), in the same slots on all ranks.
+            adapter_ids: [T] of this rank's tokens, as :func:`fusedmoe.fused_experts` takes them.
             out: [T, H], written and returned.
 
         Raises:
+            OptionError: adapter_ids for a layer that was made without adapters.
             ParallelError: another rank failed, or did not answer within the timeout of the group.
             Others as fused_experts, on the rank where it happens.
         """
         gradients = torch.is_grad_enabled()
         with torch.no_grad():
-            return self._run(hidden_states, topk_weights, topk_ids, out, gradients=gradients)
+            return self._run(hidden_states, topk_weights, topk_ids, lora, adapter_ids, out, gradients=gradients)
 
     def _run(
-        self, hidden_states: Tensor, topk_weights: Tensor, topk_ids: Tensor, out: Tensor | None, *, gradients: bool
+        self,
+        hidden_states: Tensor,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        lora: LoRA | None,
+        adapter_ids: Tensor | None,
+        out: Tensor | None,
+        *,
+        gradients: bool,
     ) -> Tensor:
         path, error = self.transport, None
         try:
             with torch.set_grad_enabled(gradients):
-                path.check(hidden_states, topk_weights, topk_ids, out)
+                path.check(hidden_states, topk_weights, topk_ids, out, adapter_ids)
             if out is None:
                 out = torch.empty_like(hidden_states)
-            parts = [path.layout(x, w, ids) for x, w, ids in self._split(hidden_states, topk_weights, topk_ids)]
+            tensors = hidden_states, topk_weights, topk_ids, *(() if adapter_ids is None else (adapter_ids,))
+            parts = [path.layout(*some) for some in self._split(*tensors)]
         except Exception as cause:  # noqa: BLE001 - told to the other ranks, then raised
             error = cause
             parts = [path.blank() for _ in range(self.parts)]
@@ -144,7 +168,7 @@ class ExpertParallel:
         for part in parts:
             path.send(part)
         for part in parts:
-            output, error = self._apply(part, error, gradients=gradients)
+            output, error = self._apply(part, lora, error, gradients=gradients)
             path.send_back(part, output)  # whatever is in it after an error: nobody will read it
         # On the host, beside the work of a GPU.
         if not _capturing(self.device):
@@ -161,10 +185,13 @@ class ExpertParallel:
         stops = [n_tokens * part // self.parts for part in range(self.parts + 1)]
         return [tuple(x[a:b] for x in tensors) for a, b in itertools.pairwise(stops)]
 
-    def _apply(self, part: Part, error: Exception | None, *, gradients: bool) -> tuple[Tensor, Exception | None]:
+    def _apply(
+        self, part: Part, lora: LoRA | None, error: Exception | None, *, gradients: bool
+    ) -> tuple[Tensor, Exception | None]:
         """The experts of this rank on the rows of all; an error is kept until the others know."""
         prepared = self.transport.prepared(part)
-        rows = prepared.hidden_states
+        rows, messages = prepared.hidden_states, part.messages
+        assert messages is not None, "received"
         output = torch.empty(rows.shape, dtype=self.transport.wire.dtype, device=rows.device)
         if error is None and self.layer is not None and rows.shape[0]:
             try:
@@ -173,6 +200,8 @@ class ExpertParallel:
                         *(output, rows, prepared.topk_weights, prepared.topk_ids),
                         hidden_states_scale=prepared.hidden_states_scale,
                         expert_map=prepared.expert_map,
+                        lora=lora,
+                        adapter_ids=None if lora is None else self.transport.wire.views(messages).adapters,
                     )
             except Exception as cause:  # noqa: BLE001 - told to the other ranks, then raised
                 error = cause
@@ -204,6 +233,7 @@ def _agreed(everyone: list[dict[str, object]]) -> tuple[Wire, float | None, Plac
     top_k = same("top_k")
     same("parts")
     same("max_tokens")
+    adapters = bool(same("adapters"))
     placement = same("placement")
     if placement is None:
         counts = [facts["experts"] for facts in everyone]
@@ -212,7 +242,7 @@ def _agreed(everyone: list[dict[str, object]]) -> tuple[Wire, float | None, Plac
     assert isinstance(hidden, int) and isinstance(top_k, int) and isinstance(dtype, torch.dtype), "checked"
     assert isinstance(placement, Placement) and (inputs is None or isinstance(inputs, Inputs)), "checked"
     assert static is None or isinstance(static, float), "checked"
-    return Wire(hidden, top_k, dtype, inputs), static, placement
+    return Wire(hidden, top_k, dtype, None if adapters else inputs, adapters), static, placement
 
 
 def _device(layer: Experts | None) -> torch.device:

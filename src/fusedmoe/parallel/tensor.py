@@ -16,6 +16,7 @@ from fusedmoe.lora import Adapter, LoRA
 from fusedmoe.modular import Experts
 from fusedmoe.nn import FusedExperts, require_tensor
 from fusedmoe.parallel.control import Control, group_of, said
+from fusedmoe.parallel.experts import ExpertParallel
 from fusedmoe.spec.layout import GATE_UP_LAYOUTS
 
 
@@ -58,7 +59,7 @@ class TensorParallel:
             lora: slots for this rank's slice, filled with what :func:`intermediate_slice` cuts from adapters.
 
         Raises:
-            UnsupportedError: adapters for a layer that is an ExpertParallel, whose rows travel without their ids.
+            UnsupportedError: adapters for a function of the caller's, that knows none.
             ParallelError: another rank failed, or did not answer within the timeout of the group.
             Others as :func:`fusedmoe.fused_experts`, on the rank where it happens.
         """
@@ -89,9 +90,11 @@ class TensorParallel:
         if isinstance(self.layer, Experts):
             output = torch.empty(hidden_states.shape, dtype=hidden_states.dtype, device=hidden_states.device)
             return self.layer.apply(output, hidden_states, topk_weights, topk_ids, lora=lora, adapter_ids=adapter_ids)
+        if isinstance(self.layer, ExpertParallel):
+            return self.layer(hidden_states, topk_weights, topk_ids, lora=lora, adapter_ids=adapter_ids)
         if lora is not None and adapter_ids is not None:
-            got, wanted = type(self.layer).__name__, "experts, on whose rank the tokens are"
-            do = "Cut the intermediate alone, or merge the adapters into the weights."
+            got, wanted = type(self.layer).__name__, "experts, or an ExpertParallel made with adapters=True"
+            do = "Give it one of these, or merge the adapters into the weights."
             raise UnsupportedError(explain("layer of TensorParallel with lora", got=got, wanted=wanted, do=do))
         return self.layer(hidden_states, topk_weights, topk_ids)
 

@@ -1,4 +1,4 @@
-"""A row on the wire: one message of bytes with the hidden state, its scales, its places and its router weights."""
+"""A row on the wire: a message of bytes with the hidden state, its scales, places and router weights, its adapter."""
 
 from __future__ import annotations
 
@@ -24,12 +24,14 @@ class Wire:
         top_k: experts of a token.
         dtype: type of the layer.
         inputs: how rows are quantised before they travel; None: they travel in the type of the layer.
+        adapters: the slot of each token's adapter travels with it.
     """
 
     hidden: int
     top_k: int
     dtype: torch.dtype
     inputs: Inputs | None
+    adapters: bool = False
 
     @property
     def row_dtype(self) -> torch.dtype:
@@ -45,8 +47,9 @@ class Wire:
 
     @property
     def sizes(self) -> tuple[int, int, int, int]:
-        """Bytes of hidden state, scales, places and weights, padded."""
-        lengths = (self.hidden * self.row_dtype.itemsize, 4 * self.groups, 4 * self.top_k, 4 * self.top_k)
+        """Bytes of hidden state, scales, places and weights, padded; behind the weights the slot of the adapter."""
+        last = 4 * (self.top_k + self.adapters)
+        lengths = (self.hidden * self.row_dtype.itemsize, 4 * self.groups, 4 * self.top_k, last)
         return tuple(-(-length // ALIGNMENT) * ALIGNMENT for length in lengths)  # type: ignore[return-value]
 
     @property
@@ -66,4 +69,5 @@ class Wire:
             part(a, self.groups, torch.float32) if self.groups else None,
             part(a + b, self.top_k, torch.int32),
             part(a + b + c, self.top_k, torch.float32),
+            part(a + b + c + 4 * self.top_k, 1, torch.int32)[:, 0] if self.adapters else None,
         )
