@@ -3,7 +3,9 @@
 ``python benchmarks/lora.py --shape qwen3-30b-a3b --scheme none --json FILE``
 
 For 1, 4 and 16 adapters of rank 16 and 64, every token drawing one of them, and for tokens that all have none. Median
-of a replayed graph, L2 emptied before each. Results are compared with the reference first, for up to 32 tokens.
+of a replayed graph, L2 emptied before each. Results are compared with the reference first, for up to 32 tokens. The
+last column is the bytes that have to be read over those of the layer without: the weights of each chosen expert, and A
+and B of each adapter with a token there. A layer that waits for memory cannot have a smaller quotient.
 """
 
 from __future__ import annotations
@@ -16,10 +18,8 @@ from pathlib import Path
 import torch
 
 import fusedmoe
-from fusedmoe.bench.routing import draw_routing
-from fusedmoe.bench.shapes import Shape, format_for, shape_of
-from fusedmoe.bench.timing import time_us
-from fusedmoe.testing.cases import random_matrix
+from fusedmoe.bench import Shape, default_device, draw_layer, format_for, problem_of, shape_of, time_us
+from fusedmoe.cli.environment import name_of
 from fusedmoe.testing.verify import verify
 
 
@@ -41,6 +41,14 @@ def draw_ids(tokens: int, count: int, generator: torch.Generator) -> torch.Tenso
     return torch.randint(count, (tokens,), device=generator.device, generator=generator)
 
 
+def more_bytes(lora: fusedmoe.LoRA, expert_bytes: float, ids: torch.Tensor, adapter_ids: torch.Tensor) -> float:
+    """Bytes of weights and adapters over those of weights."""
+    pairs = (adapter_ids[:, None] * lora.w13_a.shape[1] + ids).unique().numel()
+    matrices = (lora.w13_a, lora.w13_b, lora.w2_a, lora.w2_b)
+    each = sum(t[0, 0].numel() * t.itemsize for t in matrices)
+    return 1 + pairs * each / (ids.unique().numel() * expert_bytes)
+
+
 @torch.no_grad()
 def main() -> None:
     """Print the table."""
@@ -55,17 +63,13 @@ def main() -> None:
     tokens, counts, ranks = (
         [int(n) for n in text.split(",")] for text in (options.tokens, options.adapters, options.rank)
     )
-    device, rows = torch.device("cuda", torch.cuda.current_device()), []
+    device, rows = default_device(), []
     for shape in map(shape_of, options.shape or ("qwen3-30b-a3b", "mixtral-8x7b")):
         for scheme in options.scheme or ("none",):
-            generator = torch.Generator(device).manual_seed(0)
-            draw = functools.partial(torch.randn, dtype=torch.bfloat16, device=device, generator=generator)
-            e, h, i, form = shape.experts, shape.hidden, shape.intermediate, format_for(scheme, shape)
-            w13, w2 = (
-                draw(e, n, k) * k**-0.5 if form is None else random_matrix(form, (e, n, k), generator, parts=parts)
-                for n, k, parts in ((2 * i, h, 2), (h, i, 1))
-            )
-            inputs = {n: (draw(n, h), *draw_routing("uniform", n, e, shape.top_k, generator)) for n in tokens}
+            drawn = draw_layer(shape, dtype=torch.bfloat16, device=device, scheme=scheme)
+            generator, w13, w2 = drawn.generator, drawn.w13, drawn.w2
+            inputs = {n: (x, *topk) for n in tokens for x, _, _, *topk in (drawn.call(n),)}
+            expert_bytes = problem_of(shape, 1, torch.bfloat16, form=format_for(scheme, shape)).expert_bytes
 
             def layer(n: int, extra: dict[str, object]) -> torch.Tensor:
                 x, weights, ids = inputs[n]  # noqa: B023 - called within this turn
@@ -91,19 +95,20 @@ def main() -> None:
                                 verdict = verify(call(), (x, w13, w2, weights, ids), extra)
                                 assert verdict.ok, (shape, scheme, rank, count, n, verdict)
                             us = time_us(call, device)
+                            least = 1.0 if name == "none" else more_bytes(lora, expert_bytes, ids, adapter_ids)
                             row = {
                                 "shape": shape.name, "scheme": scheme, "rank": rank, "adapters": count, "of": name,
-                                "tokens": n, "base_us": base[n], "us": us, "quotient": us / base[n],
+                                "tokens": n, "base_us": base[n], "us": us, "quotient": us / base[n], "bytes": least,
                             }  # fmt: skip
                             rows.append(row)
                             print(
                                 f"{shape.name:14} {scheme:12} rank {rank:3} adapters {count:3} {name}  T = {n:5}  "
-                                f"{base[n]:8.1f} us  {us:8.1f} us  {us / base[n]:.2f}",
+                                f"{base[n]:8.1f} us  {us:8.1f} us  {us / base[n]:.2f}  bytes {least:.2f}",
                                 flush=True,
                             )
                     del lora
     if options.json:
-        facts = {"device": torch.cuda.get_device_name(device), "torch": torch.__version__}
+        facts = {"device": name_of(device), "torch": torch.__version__}
         options.json.write_text(json.dumps({**facts, "rows": rows}, indent=1), encoding="utf-8")
 
 
