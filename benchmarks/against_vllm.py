@@ -1,0 +1,167 @@
+"""vLLM's own modular kernel with its Triton experts, and with this library's in their place: results and times.
+
+``python benchmarks/against_vllm.py --shape qwen3-30b-a3b --scheme none --scheme fp8_block --json FILE``
+
+Needs a vLLM that the plugin knows (0.22.1 to 0.33), and no engine: both classes are put into a ``FusedMoEKernel`` with
+the prepare and finalize steps that vLLM chooses for one GPU, which quantise rows where the scheme does. Each result is
+compared with the reference, and the two with each other; times are the median of a replayed graph, L2 emptied before
+each. ``--eager`` adds what the host takes without a graph. On a CPU vLLM's class cannot run, and ours is timed alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import importlib.metadata
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fusedmoe.bench import Layer, default_device, draw_layer, shape_of, time_us
+from fusedmoe.bench.timing import host_us
+from fusedmoe.cli.environment import name_of
+from fusedmoe.expert_matrix import ExpertMatrix
+from fusedmoe.integrations.vllm import experts_class, kind_of
+from fusedmoe.spec.activation import Activation
+from fusedmoe.testing.verify import relative_error, verify
+
+#: Schemes of this library that vLLM's Triton experts have, and what vLLM calls the weights of those that it has no type
+#: of PyTorch for.
+SCHEMES = {
+    "none": None, "fp8_block": None, "fp8_channel": None, "fp8_tensor": None, "int8_w8a8": None, "int8_w8a16": None,
+    "int4_w4a16": "int4",
+}  # fmt: skip
+
+
+def configured(layer: Layer, tokens: int) -> tuple[Any, Any]:
+    """VLLM's two configurations of a layer."""
+    from vllm.model_executor.layers.fused_moe import config as theirs
+    from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+
+    shape, w13, w2 = layer.shape, layer.w13, layer.w2
+    sizes = {"intermediate_size": shape.intermediate, "intermediate_size_per_partition": shape.intermediate}
+    fields = {field.name for field in dataclasses.fields(theirs.FusedMoEConfig)}
+    moe = theirs.FusedMoEConfig(
+        num_experts=shape.experts,
+        experts_per_token=shape.top_k,
+        hidden_dim=shape.hidden,
+        num_local_experts=shape.experts,
+        num_logical_experts=shape.experts,
+        activation=MoEActivation(layer.options["activation"]),
+        device=layer.generator.device,
+        routing_method=theirs.RoutingMethodType.Renormalize,
+        moe_parallel_config=theirs.FusedMoEParallelConfig.make_no_parallel(),
+        in_dtype=layer.dtype,
+        max_num_tokens=max(tokens, 512),
+        **{name: value for name, value in sizes.items() if name in fields},
+    )
+    biases = {"w1_bias": layer.options.get("w13_bias"), "w2_bias": layer.options.get("w2_bias")}
+    if not isinstance(w13, ExpertMatrix) or not isinstance(w2, ExpertMatrix):
+        return moe, theirs.FusedMoEQuantConfig.make(**biases)
+    form = w13.format
+    rows = None if form.inputs is None else w13.data.dtype
+    flat = (lambda scale: scale.flatten()) if form.scheme == "fp8_tensor" else (lambda scale: scale)
+    quant = theirs.FusedMoEQuantConfig.make(
+        rows,
+        weight_dtype=SCHEMES[form.scheme] or w13.data.dtype,
+        block_shape=list(form.block) if form.block[0] > 1 and form.inputs and form.inputs.mode == "group" else None,
+        per_act_token_quant=form.inputs is not None and form.inputs.mode == "token",
+        w1_scale=flat(w13.scale),
+        w2_scale=flat(w2.scale),
+        w1_zp=w13.zero,
+        w2_zp=w2.zero,
+        **biases,
+    )
+    assert kind_of(quant) is not None, quant
+    return moe, quant
+
+
+def kernel(base: Any, moe: Any, quant: Any) -> Any:
+    """VLLM's kernel of one GPU with a class of experts."""
+    from vllm.model_executor.layers.fused_moe import modular_kernel
+    from vllm.model_executor.layers.fused_moe.all2all_utils import maybe_make_prepare_finalize
+
+    path = maybe_make_prepare_finalize(moe=moe, quant_config=quant, allow_new_interface=True)
+    return modular_kernel.FusedMoEKernel(path, base(moe_config=moe, quant_config=quant))
+
+
+def measured(layer: Layer, tokens: int, *, eager: bool) -> dict[str, object]:
+    """Errors and times of both classes."""
+    from vllm.model_executor.layers.fused_moe.experts import triton_moe
+
+    scheme = "none" if not isinstance(layer.w13, ExpertMatrix) else layer.w13.format.scheme
+    base = triton_moe.TritonWNA16Experts if scheme.endswith("a16") else triton_moe.TritonExperts
+    moe, quant = configured(layer, tokens)
+    x, w13, w2, weights, ids = arguments = layer.call(tokens)
+    codes = [w.data if isinstance(w, ExpertMatrix) else w for w in (w13, w2)]
+    row: dict[str, object] = {"shape": layer.shape.name, "scheme": scheme, "tokens": tokens}
+    results = {}
+    for name, one in (("vllm", base), ("fusedmoe", experts_class(base))):
+        if name == "vllm" and x.device.type == "cpu":
+            continue
+        call = functools.partial(
+            kernel(one, moe, quant).apply,
+            hidden_states=x,
+            w1=codes[0],
+            w2=codes[1],
+            topk_weights=weights,
+            topk_ids=ids,
+            activation=moe.activation,
+            global_num_experts=layer.shape.experts,
+            expert_map=None,
+            apply_router_weight_on_input=False,
+        )
+        results[name] = call().clone()  # it lies in vLLM's workspace
+        verdict = verify(results[name], arguments, layer.options)
+        row |= {f"{name}_error": verdict.error, "tolerance": verdict.tolerance, f"{name}_ok": verdict.ok}
+        row[f"{name}_us"] = time_us(call, x.device)
+        if eager and x.is_cuda:
+            row[f"{name}_host_us"] = host_us(call, x.device)
+    if len(results) == 2:
+        row["apart"] = relative_error(results["fusedmoe"], results["vllm"])
+        row["speedup"] = row["vllm_us"] / row["fusedmoe_us"]  # type: ignore[operator]
+    return row
+
+
+@torch.no_grad()
+def main() -> None:
+    """Print a line for each point."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", action="append", help="of fusedmoe bench; repeatable; qwen3-30b-a3b")
+    parser.add_argument("--scheme", action="append", choices=SCHEMES, help="repeatable; none")
+    parser.add_argument("--tokens", default="1,8,32,128,512,2048,8192")
+    parser.add_argument("--activation", default="silu")
+    parser.add_argument("--bias", action="store_true")
+    parser.add_argument("--eager", action="store_true", help="host time too")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    from vllm.config import DeviceConfig, VllmConfig, set_current_vllm_config
+    from vllm.v1.worker import workspace
+
+    device, rows = default_device(), []
+    if not workspace.is_workspace_manager_initialized():
+        workspace.init_workspace_manager(device)
+    with set_current_vllm_config(VllmConfig(device_config=DeviceConfig(device=device.type))):
+        for shape in map(shape_of, options.shape or ("qwen3-30b-a3b",)):
+            for scheme in options.scheme or ("none",):
+                layer = draw_layer(
+                    *(shape,), dtype=torch.bfloat16, device=device, scheme=scheme, bias=options.bias,
+                    activation=Activation.of(options.activation).name,
+                )  # fmt: skip
+                for tokens in map(int, options.tokens.split(",")):
+                    row = measured(layer, tokens, eager=options.eager)
+                    rows.append(row)
+                    said = (f"{name} {value:.4g}" for name, value in row.items() if isinstance(value, float))
+                    print(f"{shape.name:14} {scheme:12} T = {tokens:5}  {'  '.join(said)}", flush=True)
+                del layer
+    if options.json:
+        versions = {name: importlib.metadata.version(name) for name in ("torch", "triton", "vllm")}
+        found = {"device": name_of(device), "versions": versions, "rows": rows}
+        options.json.write_text(json.dumps(found, indent=1), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
