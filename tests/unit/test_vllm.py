@@ -10,6 +10,7 @@ import importlib.util
 import logging
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -358,3 +359,27 @@ def test_configurations_of_the_installed_vllm(form):
         a1_scale=config.a1_scale, a2_scale=config.a2_scale, w1_zp=config.w1_zp, w2_zp=config.w2_zp,
     )  # fmt: skip
     assert plugin.kind_of(theirs) == plugin.kind_of(config) != None  # noqa: E711
+
+
+@installed
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("scheme", ["none", "int8_w8a16", "int4_w4a16"])
+def test_in_vllms_own_modular_kernel(scheme, bias, monkeypatch):
+    """Its prepare and finalize steps and workspaces; rows that are quantised need operators that a CPU has not."""
+    from vllm.config import DeviceConfig, VllmConfig, set_current_vllm_config
+    from vllm.v1.worker import workspace
+
+    path = Path(__file__).parents[2] / "benchmarks" / "against_vllm.py"
+    spec = importlib.util.spec_from_file_location("against_vllm", path)
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: None)  # which vLLM calls wherever it is
+    cpu = torch.device("cpu")
+    if not workspace.is_workspace_manager_initialized():
+        workspace.init_workspace_manager(cpu)
+    layer = benchmark.draw_layer(
+        benchmark.shape_of("6,3,256,128"), dtype=torch.bfloat16, device=cpu, scheme=scheme, bias=bias
+    )
+    with torch.no_grad(), set_current_vllm_config(VllmConfig(device_config=DeviceConfig(device="cpu"))):
+        for tokens in (1, 9):
+            assert benchmark.measured(layer, tokens, eager=False)["fusedmoe_ok"]
