@@ -1,11 +1,15 @@
-"""The plugin of SGLang, against a stand-in with the names and fields of 0.5.23."""
+"""The plugin of SGLang: against a stand-in, and the stand-in against the source of 0.5.23 where that is found."""
 
 from __future__ import annotations
 
+import ast
 import importlib.metadata
+import importlib.util
+import inspect
 import logging
 import sys
 import types
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -24,6 +28,13 @@ class DispatchOutput(NamedTuple):
     hidden_states_scale: Any
     topk_output: Any
     hidden_states_pre_quant: Any = None
+
+
+class TopK(NamedTuple):
+    topk_weights: torch.Tensor
+    topk_ids: torch.Tensor
+    router_logits: Any = None
+    packed_topk_ids: Any = None
 
 
 class CombineInput(NamedTuple):
@@ -99,7 +110,7 @@ def call(pool, quant_info, config):
     weights = torch.rand(T, K, generator=generator)
     ids = torch.randint(-1, E, (T, K), generator=generator, dtype=torch.int32)
     before = x.clone()
-    result = pool[plugin.KEY](DispatchOutput(x, None, (weights, ids, None)), quant_info, config)
+    result = pool[plugin.KEY](DispatchOutput(x, None, TopK(weights, ids)), quant_info, config)
     assert torch.equal(x, before)
     return result, (x, weights, ids)
 
@@ -187,3 +198,64 @@ def test_the_rest_is_sglangs_own(pool, caplog):
         ):
             assert call(pool, quant_info, config)[0] == "theirs"
             assert reason in caplog.text
+
+
+# --- SGLang itself, whose modules want a GPU: as text -----------------------------------------------------------------
+
+SOURCE = importlib.util.find_spec("sglang")
+installed = pytest.mark.skipif(SOURCE is None, reason="needs SGLang")
+
+
+@pytest.fixture(scope="module")
+def source():
+    """Classes and functions of a module of SGLang by name."""
+
+    def read(module):
+        path = Path(SOURCE.submodule_search_locations[0], *module.split(".")[1:]).with_suffix(".py")
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        return {node.name: node for node in tree.body if isinstance(node, ast.ClassDef | ast.FunctionDef)}
+
+    return read
+
+
+def fields(node):
+    """Annotated fields of a class, and their defaults."""
+    found = [item for item in node.body if isinstance(item, ast.AnnAssign)]
+    return {item.target.id: None if item.value is None else ast.literal_eval(item.value) for item in found}
+
+
+@installed
+def test_what_sglang_hands_over_has_the_fields_of_the_stand_ins(source):
+    theirs = fields(source(f"{plugin._RUNNER}.triton")["TritonMoeQuantInfo"])
+    assert theirs == vars(info(None, None))
+    theirs = fields(source(f"{plugin._RUNNER}.base")["MoeRunnerConfig"])
+    assert vars(runner()).items() <= theirs.items()
+    standard = source("sglang.srt.layers.moe.token_dispatcher.standard")
+    assert list(fields(standard["StandardDispatchOutput"])) == list(DispatchOutput._fields)
+    assert list(fields(standard["StandardCombineInput"])) == list(CombineInput._fields)
+    topk = source("sglang.srt.layers.moe.topk")
+    for name in ("StandardTopKOutput", "StandardTopKOutputPacked"):
+        assert set(fields(topk[name])) <= set(TopK._fields)
+
+
+@installed
+def test_the_function_that_is_wrapped_is_where_it_was(source):
+    """Registered in the pool's dictionary under this key, with these arguments."""
+    pool = source(f"{plugin._RUNNER}.base")["FusedOpPool"]
+    assert "_fused_funcs" in fields(pool)
+    registered = [
+        node
+        for node in source(f"{plugin._RUNNER}.triton").values()
+        for decorator in node.decorator_list
+        if isinstance(decorator, ast.Call) and decorator.func.id == "register_fused_func"
+        and tuple(map(ast.literal_eval, decorator.args)) == plugin.KEY
+    ]  # fmt: skip
+    (function,) = registered
+    ours = inspect.signature(plugin.wrapped(lambda dispatch_output, quant_info, runner_config: None))
+    assert [argument.arg for argument in function.args.args] == list(ours.parameters)
+
+
+@installed
+def test_plugins_are_loaded_from_this_group(source):
+    path = Path(SOURCE.submodule_search_locations[0], "srt", "plugins", "__init__.py")
+    assert 'GENERAL_PLUGINS_GROUP = "sglang.srt.plugins"' in path.read_text(encoding="utf-8")

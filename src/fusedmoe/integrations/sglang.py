@@ -69,13 +69,13 @@ def wrapped(theirs: Any) -> Any:
             return theirs(dispatch_output, quant_info, runner_config)
         activation, layout = activation_of(runner_config)
         w13, w2 = _made(config, quant_info, gated=activation.gated)
-        topk_weights, topk_ids, _ = dispatch_output.topk_output
+        chosen = dispatch_output.topk_output  # one of several tuples, which all have these
         out = fused_experts(
             dispatch_output.hidden_states,
             w13,
             w2,
-            topk_weights,
-            topk_ids,
+            chosen.topk_weights,
+            chosen.topk_ids,
             activation=activation,
             gate_up_layout=layout,
             w13_bias=quant_info.b13,
