@@ -40,6 +40,8 @@ LAYERS = (
     (2, 7, 640, 272),
 )
 TOKENS = (1, 2, 3, 5, 8, 13, 16, 21, 33, 64, 100, 129, 200, 400, 700, 1100)
+#: Of adapters, where a layer has them; 0: a slot without one.
+RANKS = ((3,), (16,), (5, 0, 24), (64, 1), (8, 8, 8, 8))
 #: For the interpreter, which takes milliseconds for what a GPU does in nanoseconds.
 SMALL_LAYERS, SMALL_TOKENS = ((1, 1, 16, 16), (2, 3, 48, 32), (3, 5, 33, 24)), (1, 3, 17, 40)
 
@@ -98,7 +100,7 @@ def _layer(work: tuple[int, int, str, bool]) -> list[Outcome]:
     chooser, device = _chooser(work), torch.device(name)
     case = draw_layer(chooser, small=small)
     backend = _backend(case, chooser, device)
-    batch_invariant = chooser.random() < 0.25 and not couples_rows(case)
+    batch_invariant = chooser.random() < 0.25 and not couples_rows(case) and not case.ranks
     outcomes = []
     for _ in range(EACH):
         tokens = chooser.choice(SMALL_TOKENS if small else TOKENS)
@@ -121,6 +123,9 @@ def draw_layer(chooser: random.Random, *, small: bool = False) -> Case:
         first, second = (chooser.choice(formats_of(chooser.choice(tuple(SCHEMES)))) for _ in range(2))
         options |= quantised
         options["formats"] = {"both": (first, second), "w13": (first, None), "w2": (None, second)}[which]
+    if chooser.random() < 0.25:
+        adapters = {"ranks": chooser.choice(RANKS), "apart": chooser.random() < 0.5, "shared": chooser.random() < 0.25}
+        options |= {**adapters, "codes": False}  # adapters multiply what was not quantised
     return Case.of((1, top_k, experts, hidden, intermediate), **options).fitted()
 
 
