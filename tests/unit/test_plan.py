@@ -7,8 +7,10 @@ import random
 from dataclasses import replace
 
 import pytest
+import torch
 
 from fusedmoe import target
+from fusedmoe.bench import SHAPES, format_for, problem_of
 from fusedmoe.errors import UnsupportedError
 from fusedmoe.plan.config import FEW
 from fusedmoe.plan.planner import choose, support
@@ -232,3 +234,17 @@ def test_versions_that_do_not_fit_are_a_reason(versions, interpret, reason, monk
         with pytest.raises(UnsupportedError, match=reason):
             choose(problem(), here, "triton")
         assert choose(problem(), here).backend == "torch"
+
+
+@pytest.mark.parametrize("scheme", ["none", "fp8_block", "fp8_channel", "int8_w8a8", "int4_w4a16", "mxfp4"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_layer_has_few_kernels(shape, scheme):
+    """All numbers of tokens up to 8192 together need at most 16 compiled GEMMs, of at most 10 plans."""
+    one = SHAPES[shape]
+    first = problem_of(one, 1, torch.bfloat16, form=format_for(scheme, one))
+    tokens = {*range(1, 65), *(int(64 * 2 ** (i / 16)) for i in range(16 * 7 + 1))}
+    for arch in ("sm_80", "sm_90", "sm_100", "gfx942"):
+        found = {choose(replace(first, tokens=n), KNOWN[arch]) for n in tokens}
+        plans = {(plan.backend, plan.triton) for plan in found}
+        gemms = {(backend, name, getattr(how, name)) for backend, how in plans for name in ("gate_up", "down")}
+        assert len(plans) <= 10 and len(gemms) <= 16
