@@ -316,6 +316,31 @@ def test_a_workspace_for_more_tokens_serves_fewer_whichever_backend_is_chosen(fo
         assert chosen == {"triton"} if (form, intermediate) == (None, 14336) else {"triton", "gluon_sm90"}
 
 
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+@pytest.mark.parametrize(
+    ("form", "intermediate", "wide"),
+    [
+        (format_of("mxfp4"), 2880, 16),
+        (format_of("int4_w4a16", group=32), 704, 16),
+        (None, 360, 16),
+        (format_of("fp8_channel"), 2880, 16),
+        (format_of("fp8_channel"), 360, 8),  # as many bytes as rows of weights are multiples of
+    ],
+    ids=str,
+)
+def test_operands_are_copied_wide(target, form, intermediate, wide, monkeypatch):
+    """Strides that 16 does not divide, such as 360 words of 8 codes, or elements, are multiples of 16 bytes too."""
+    for tokens in (8, 128):
+        _, _, compiled = compile_layer(target, (tokens, 4, 32, 2880, intermediate), torch.bfloat16, monkeypatch, form)
+        for kernel, least in zip((k for k in compiled if k.name == "grouped_gemm"), (16, wide), strict=True):
+            copies = kernel.count(r"LDGSTS[.\w]*")
+            assert copies > 0
+            # Tiles of sm_80 have fewer bytes of weights than 16 for each thread.
+            narrow = least < 16 or target == "sm_80"
+            assert kernel.count(r"LDGSTS[.\w]*\.(128|64)" if narrow else r"LDGSTS[.\w]*\.128") == copies
+            assert kernel.count(r"LDG\.E\.(U8|U16)[.\w]*") < 64  # of scales, biases and ids alone
+
+
 def test_tokens_do_not_make_variants(monkeypatch):
     """What changes from call to call is never specialised on: any T of a path runs the same variants, which have the
     same code before anything is optimised, attributes of their arguments included.

@@ -55,10 +55,9 @@ if settings().interpret:
     teach_interpreter()
 
 
-def _row_stride(columns: int, dtype: torch.dtype) -> int:
-    """Elements from row to row of an intermediate: rows start at multiples of 16 bytes."""
-    unit = 16 // dtype.itemsize
-    return -(-columns // unit) * unit
+def _row_stride(columns: int) -> int:
+    """Elements from row to row of an intermediate: what Triton takes to be a multiple of 16 bytes, of whatever type."""
+    return -(-columns // 16) * 16
 
 
 def _overlap(plan: Plan) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -80,12 +79,12 @@ def workspace_layout(problem: Problem, plan: Plan) -> Layout:
     how = _plan(plan)
     layout: Layout = adapters.workspace_layout(problem, how)
     if not (problem.alone or problem.sparse):
-        layout["rows"] = ((slots, _row_stride(problem.hidden, dtype)), dtype)
+        layout["rows"] = ((slots, _row_stride(problem.hidden)), dtype)
     if (how.requantise != "epilogue" or how.shrink is not None) and not problem.alone:
-        layout["hidden"] = ((slots, _row_stride(problem.intermediate, dtype)), dtype)
+        layout["hidden"] = ((slots, _row_stride(problem.intermediate)), dtype)
     tokens_type = dtype
     if how.gate_up.words:
-        layout["x_codes"] = ((problem.tokens, _row_stride(problem.hidden, dtype)), dtype)
+        layout["x_codes"] = ((problem.tokens, _row_stride(problem.hidden)), dtype)
     if (inputs := problem.gate_up_gemm.inputs) is not None:
         tokens_type = _torch_type(how.multiply[0])
         if how.gate_up.words or not _given_as_multiplied(problem, how):
@@ -93,7 +92,7 @@ def workspace_layout(problem: Problem, plan: Plan) -> Layout:
     if (inputs := problem.down_gemm.inputs) is not None:
         layout |= _codes_layout("hidden", slots, problem.intermediate, inputs, _torch_type(how.multiply[1]))
     if how.gather:
-        layout["tokens"] = ((slots, _row_stride(problem.hidden, tokens_type)), tokens_type)
+        layout["tokens"] = ((slots, _row_stride(problem.hidden)), tokens_type)
     if not how.few:
         layout |= routes.layout(problem)
     return layout
@@ -116,7 +115,7 @@ def _groups(columns: int, inputs: Inputs) -> int:
 def _codes_layout(name: str, rows: int, columns: int, inputs: Inputs, dtype: torch.dtype) -> Layout:
     """Codes of rows, their scales, and one maximum over all rows."""
     return {
-        f"{name}_codes": ((rows, _row_stride(columns, dtype)), dtype),
+        f"{name}_codes": ((rows, _row_stride(columns)), dtype),
         f"{name}_scale": ((rows, _groups(columns, inputs)), torch.float32),
         f"{name}_amax": ((1,), torch.float32),
     }

@@ -31,6 +31,18 @@ def cube(tensor: torch.Tensor) -> tuple[torch.Tensor, int, int, int]:
     return tensor, tensor.stride(0), tensor.stride(1), tensor.stride(2)
 
 
+def by_units(w: torch.Tensor) -> tuple[torch.Tensor, int, int, int, Any]:
+    """A tensor [E, N, K], its strides, the first two of them in units, and the unit.
+
+    Triton looks whether a stride is divisible by 16. One that is not, such as 360 words of 8 codes, may still be a
+    multiple of 16 bytes, which is what wide loads need, and which multiplying by a constant shows.
+    """
+    tensor, stride_e, stride_n, stride_k = cube(w)
+    seen = stride_e % 16 == stride_n % 16 == 0
+    unit = 1 if seen or stride_k != 1 else math.gcd(stride_e, stride_n, 16 // w.element_size())
+    return tensor, stride_e // unit, stride_n // unit, stride_k, tl.constexpr(unit)
+
+
 def stacked_rows(w: torch.Tensor) -> tuple[int, int]:
     """Rows of [E, N, K] with contiguous rows seen as one matrix, and those from one expert to the next."""
     n_experts, n, _ = w.shape
@@ -78,7 +90,7 @@ def operand(w: torch.Tensor | ExpertMatrix, multiply: str, up: int, wide: int, c
     }
     if isinstance(w, torch.Tensor):
         policies |= {"STEP": step.dense, "DECODE": decode.as_they_are, "ELEMENT": None, "FINISH": scales.nothing}
-        return Operand(Weight(*cube(w), 0, up), w, policies, k)
+        return Operand(Weight(*by_units(w), 0, up), w, policies, k)
     form = w.format
     block_n, block_k = form.block
     of_rows_too = form.inputs is not None and form.inputs.mode == "group"
@@ -87,7 +99,7 @@ def operand(w: torch.Tensor | ExpertMatrix, multiply: str, up: int, wide: int, c
     scale = _bytes(w.scale) if form.scale in ("e8m0", "e4m3") else w.scale
     phase = up if w.parts == 1 and block_n else 0
     weight = Weight(
-        *cube(w.data),
+        *by_units(w.data),
         0,
         up,
         scale=BlockScale(
@@ -139,7 +151,8 @@ def operand(w: torch.Tensor | ExpertMatrix, multiply: str, up: int, wide: int, c
             "DECODE": decode.decoded_and_scaled if in_weights else decode.decoded,
             "ELEMENT": element or getattr(decode, form.element),
         }
-    weight = weight._replace(ptr=data, stride_e=data.stride(0), stride_n=data.stride(1), stride_k=data.stride(2))
+    ptr, stride_e, stride_n, stride_k, unit = by_units(data)
+    weight = weight._replace(ptr=ptr, stride_e=stride_e, stride_n=stride_n, stride_k=stride_k, unit=unit)
     if in_step:
         policies |= {"GROUP": block_k, "STRIDE": math.ceil(block_k / config.block_k) * config.block_k}
     k_end = k if policies["GROUP"] == policies["STRIDE"] else math.ceil(k / block_k) * policies["STRIDE"]

@@ -41,8 +41,8 @@ def weight_by_pointer(
 ):  # fmt: skip
     n = n0 + tl.arange(0, BLOCK_N)
     k = k0 // PER_ITEM + tl.arange(0, BLOCK_K // PER_ITEM)
-    base = w.ptr + expert.to(tl.int64) * w.stride_e
-    address = base + n.to(tl.int64)[None, :] * w.stride_n + k.to(tl.int64)[:, None] * w.stride_k
+    base = w.ptr + expert.to(tl.int64) * w.stride_e * w.unit
+    address = base + n.to(tl.int64)[None, :] * w.stride_n * w.unit + k.to(tl.int64)[:, None] * w.stride_k
     if MASKED:
         return tl.load(address, mask=(k < limit // PER_ITEM)[:, None] & (n < N)[None, :], other=0.0)
     elif RAGGED:

@@ -130,9 +130,10 @@ class Weight(NamedTuple):
     """The right operand, seen as [E, N, K] whatever its storage."""
 
     ptr: object
-    stride_e: object
+    stride_e: object  #        in units, as stride_n
     stride_n: object
     stride_k: object
+    unit: object  #            constexpr: elements that strides are multiples of, where Triton does not see it itself
     rows_per_expert: object  # rows of a tensor map from one expert to the next
     up: object  #              row of the first up row when gate and up are concatenated, else 0
     scale: object = None  #        BlockScale, or None
