@@ -316,6 +316,20 @@ def test_a_workspace_for_more_tokens_serves_fewer_whichever_backend_is_chosen(fo
         assert chosen == {"triton"} if (form, intermediate) == (None, 14336) else {"triton", "gluon_sm90"}
 
 
+@pytest.mark.parametrize("form", [
+    format_of("mxfp4"), format_of("nvfp4"), format_of("int4_w4a16", group=32), format_of("int8_w8a16", group=-1),
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("options", [{}, {"activation": "swigluoai", "gate_up_layout": "interleaved"}], ids=str)
+def test_decoded_weights_of_gpt_oss_do_not_spill(form, options, monkeypatch):
+    """Gate and up in one product, and columns that fill no whole number of tiles, at many rows an expert."""
+    biases = {"w13_bias": torch.empty(32, 5760), "w2_bias": torch.empty(32, 2880)}
+    _, plan, compiled = compile_layer(
+        "sm_90", (8192, 4, 32, 2880, 2880), torch.bfloat16, monkeypatch, form, **options, **biases
+    )
+    assert plan.gate_up.block_m == 128 and plan.gate_up.words
+    assert [kernel.name for kernel in compiled if kernel.stack_bytes] == []
+
+
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
 @pytest.mark.parametrize(
     ("form", "intermediate", "wide"),

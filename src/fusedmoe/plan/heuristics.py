@@ -237,7 +237,9 @@ def _ideal(problem: Problem, target: Target, block_m: int, gemm: Gemm, *, few: b
     if gemm.format is not None:
         gather = gate_up and problem.intermediate >= GATHER_INTERMEDIATE
         crowded = problem.active_experts * -(-gemm.columns // 64) > 2 * target.n_sm
-        tile = _quantised(target, block_m, gemm, few=few, gate_up=gate_up, gather=gather, crowded=crowded)
+        # Two products after one another need registers for one; columns past the last, some for masks.
+        roomy = not (problem.activation.gated and problem.gate_up == "interleaved") and gemm.columns % 128 == 0
+        tile = _quantised(target, block_m, gemm, few=few, gate_up=gate_up, gather=gather, crowded=crowded, roomy=roomy)
         lonely = block_m == 16 and _programs(problem, gemm, tile.block_n) < target.n_sm
         return _lonely(problem, target, gemm, tile) if lonely and target.capability == 90 else tile
     if problem.dtype == "float32":
@@ -279,11 +281,11 @@ def _ideal(problem: Problem, target: Target, block_m: int, gemm: Gemm, *, few: b
 
 
 def _quantised(
-    target: Target, block_m: int, gemm: Gemm, *, few: bool, gate_up: bool, gather: bool, crowded: bool
+    target: Target, block_m: int, gemm: Gemm, *, few: bool, gate_up: bool, gather: bool, crowded: bool, roomy: bool
 ) -> KernelConfig:
     """The tile of a quantised matrix.
 
-    ``crowded``: several programs to a multiprocessor, which hide each other's waits.
+    ``crowded``: several programs to a multiprocessor, which hide each other's waits. ``roomy``: see :func:`_decoded`.
     """
     half, math = gemm.width, multiply_in(gemm, target)
     hopper = target.vendor == "nvidia" and target.capability == 90
@@ -293,7 +295,7 @@ def _quantised(
     if math == "float32":
         return KernelConfig(block_m=min(32, block_m), block_n=64 // half, block_k=32, warps=4, stages=3, group_m=4)
     if bytes_of(math) > 1:
-        return _decoded(target, block_m, gemm, gate_up=gate_up)
+        return _decoded(target, block_m, gemm, gate_up=gate_up, roomy=roomy)
     grouped = gemm.grouped
     block_k = min(128, max(32, _next_power_of_2(gemm.format.block[1]))) if grouped else 128
     if not hopper:
@@ -326,10 +328,11 @@ def _quantised(
     return replace(tile, block_n=128) if grouped else replace(tile, block_n=256, stages=3)
 
 
-def _decoded(target: Target, block_m: int, gemm: Gemm, *, gate_up: bool) -> KernelConfig:
+def _decoded(target: Target, block_m: int, gemm: Gemm, *, gate_up: bool, roomy: bool) -> KernelConfig:
     """The tile of weights that are decoded on their way to the tensor cores.
 
     By the word, a warp group of 4 warps has 64 rows of weights in its registers: half a tile more would only wait.
+    ``roomy``: there are registers for 128 columns of gate and up; else half of them, or the loop spills.
     """
     assert gemm.format is not None
     group = gemm.format.block[1]
@@ -359,7 +362,7 @@ def _decoded(target: Target, block_m: int, gemm: Gemm, *, gate_up: bool) -> Kern
     if gate_up and 0 < group < 128 and (gemm.format.zero or gemm.inputs):
         return replace(short, block_m=64)  # zero points or scales of rows as well: registers for half the rows
     if gate_up:
-        return replace(short, block_n=128, warps=8, stages=3, group_m=8)
+        return replace(short, block_n=128 if roomy else 64, warps=8, stages=3, group_m=8)
     return replace(short if 0 < group < 128 else words, stages=3, group_m=8)
 
 
