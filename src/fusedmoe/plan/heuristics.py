@@ -237,9 +237,8 @@ def _ideal(problem: Problem, target: Target, block_m: int, gemm: Gemm, *, few: b
     if gemm.format is not None:
         gather = gate_up and problem.intermediate >= GATHER_INTERMEDIATE
         crowded = problem.active_experts * -(-gemm.columns // 64) > 2 * target.n_sm
-        # Two products after one another need registers for one; columns past the last, some for masks.
-        roomy = not (problem.activation.gated and problem.gate_up == "interleaved") and gemm.columns % 128 == 0
-        tile = _quantised(target, block_m, gemm, few=few, gate_up=gate_up, gather=gather, crowded=crowded, roomy=roomy)
+        pairs = gemm.width == 2 and problem.gate_up == "interleaved"
+        tile = _quantised(target, block_m, gemm, few=few, gate_up=gate_up, gather=gather, crowded=crowded, pairs=pairs)
         lonely = block_m == 16 and _programs(problem, gemm, tile.block_n) < target.n_sm
         return _lonely(problem, target, gemm, tile) if lonely and target.capability == 90 else tile
     if problem.dtype == "float32":
@@ -281,11 +280,11 @@ def _ideal(problem: Problem, target: Target, block_m: int, gemm: Gemm, *, few: b
 
 
 def _quantised(
-    target: Target, block_m: int, gemm: Gemm, *, few: bool, gate_up: bool, gather: bool, crowded: bool, roomy: bool
+    target: Target, block_m: int, gemm: Gemm, *, few: bool, gate_up: bool, gather: bool, crowded: bool, pairs: bool
 ) -> KernelConfig:
     """The tile of a quantised matrix.
 
-    ``crowded``: several programs to a multiprocessor, which hide each other's waits. ``roomy``: see :func:`_decoded`.
+    ``crowded``: several programs to a multiprocessor, which hide each other's waits. ``pairs``: see :func:`_decoded`.
     """
     half, math = gemm.width, multiply_in(gemm, target)
     hopper = target.vendor == "nvidia" and target.capability == 90
@@ -295,7 +294,7 @@ def _quantised(
     if math == "float32":
         return KernelConfig(block_m=min(32, block_m), block_n=64 // half, block_k=32, warps=4, stages=3, group_m=4)
     if bytes_of(math) > 1:
-        return _decoded(target, block_m, gemm, gate_up=gate_up, roomy=roomy)
+        return _decoded(target, block_m, gemm, gate_up=gate_up, pairs=pairs)
     grouped = gemm.grouped
     block_k = min(128, max(32, _next_power_of_2(gemm.format.block[1]))) if grouped else 128
     if not hopper:
@@ -328,11 +327,12 @@ def _quantised(
     return replace(tile, block_n=128) if grouped else replace(tile, block_n=256, stages=3)
 
 
-def _decoded(target: Target, block_m: int, gemm: Gemm, *, gate_up: bool, roomy: bool) -> KernelConfig:
+def _decoded(target: Target, block_m: int, gemm: Gemm, *, gate_up: bool, pairs: bool) -> KernelConfig:
     """The tile of weights that are decoded on their way to the tensor cores.
 
     By the word, a warp group of 4 warps has 64 rows of weights in its registers: half a tile more would only wait.
-    ``roomy``: there are registers for 128 columns of gate and up; else half of them, or the loop spills.
+    ``pairs``: gate and up side by side are one product, whose operand of 128 columns has no room beside its sum; in
+    two products, one after the other, only masks of columns past the last have none.
     """
     assert gemm.format is not None
     group = gemm.format.block[1]
@@ -362,7 +362,8 @@ def _decoded(target: Target, block_m: int, gemm: Gemm, *, gate_up: bool, roomy: 
     if gate_up and 0 < group < 128 and (gemm.format.zero or gemm.inputs):
         return replace(short, block_m=64)  # zero points or scales of rows as well: registers for half the rows
     if gate_up:
-        return replace(short, block_n=128 if roomy else 64, warps=8, stages=3, group_m=8)
+        tall = words if pairs else short
+        return replace(tall, block_n=64 if pairs or gemm.columns % 128 else 128, warps=8, stages=3, group_m=8)
     return replace(short if 0 < group < 128 else words, stages=3, group_m=8)
 
 
