@@ -5,7 +5,7 @@
 For 1, 4 and 16 adapters of rank 16 and 64, every token drawing one of them, and for tokens that all have none. Median
 of a replayed graph, L2 emptied before each. Results are compared with the reference first, for up to 32 tokens. The
 last column is the bytes that have to be read over those of the layer without: the weights of each chosen expert, and A
-and B of each adapter with a token there. A layer that waits for memory cannot have a smaller quotient.
+and B of each adapter with a token there. A layer that is at the limit of memory cannot have a smaller quotient.
 """
 
 from __future__ import annotations
