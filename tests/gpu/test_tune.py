@@ -7,9 +7,8 @@ import time
 import pytest
 import torch
 
-from fusedmoe import fused_experts, settings as reading
+from fusedmoe import fused_experts
 from fusedmoe.bench import draw_layer, format_for, problem_of, shape_of
-from fusedmoe.plan import planner, tables
 from fusedmoe.plan.planner import choose
 from fusedmoe.target import target_of
 from fusedmoe.testing.verify import verify
@@ -24,18 +23,6 @@ pytestmark = [
 SHAPE = shape_of("16,4,512,256")
 
 
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    monkeypatch.setenv("FUSEDMOE_TUNED", str(tmp_path))
-    caches = reading.settings, tables.read, planner._measured
-    for cached in caches:
-        cached.cache_clear()
-    yield tmp_path
-    monkeypatch.undo()
-    for cached in caches:
-        cached.cache_clear()
-
-
 @pytest.mark.parametrize("scheme", ["none", "fp8_block"])
 def test_what_is_tuned_is_used_and_right(scheme, folder):
     device, start = torch.device("cuda", torch.cuda.current_device()), time.monotonic()
@@ -44,7 +31,6 @@ def test_what_is_tuned_is_used_and_right(scheme, folder):
     assert [step.tokens for step in steps] == [2, 512] and time.monotonic() - start < 60
     for step in steps:
         assert step.tried > 5 and 0 < step.entry.us <= step.entry.planned_us
-    planner._measured.cache_clear()
     drawn = draw_layer(SHAPE, **layer)
     for step in steps:
         arguments = drawn.call(step.tokens)

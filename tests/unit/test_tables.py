@@ -14,7 +14,7 @@ from fusedmoe.bench import SHAPES, format_for, problem_of
 from fusedmoe.cli.explanation import explain_call
 from fusedmoe.plan import planner, tables
 from fusedmoe.plan.config import FEW, KernelConfig
-from fusedmoe.plan.planner import choose, support, tokens_before_breaks, untuned
+from fusedmoe.plan.planner import choose, read_files_again, support, tokens_before_breaks, untuned
 from fusedmoe.plan.tables import Entry, contents, lookup, name_of
 from fusedmoe.spec.problem import Adapters
 from fusedmoe.target import KNOWN, version_of
@@ -32,25 +32,17 @@ def problem(tokens, scheme="none", **options):
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """The folder of the setting; the process reads its own again afterwards."""
-    monkeypatch.setenv("FUSEDMOE_TUNED", str(tmp_path))
-    monkeypatch.setattr(tables, "PACKAGE", tmp_path / "none")
-    caches = reading.settings, tables.read, planner._measured
-    for cached in caches:
-        cached.cache_clear()
-    yield tmp_path
-    monkeypatch.undo()
-    for cached in caches:
-        cached.cache_clear()
+def folder(folder, monkeypatch):
+    """Without the package's own files."""
+    monkeypatch.setattr(tables, "PACKAGE", folder / "none")
+    return folder
 
 
 def put(folder, *entries, like=None, **changes):
     path = folder / name_of(like or problem(1), H200)
     found = json.loads(contents(entries, H200, "test")) | changes
     path.write_text(json.dumps(found))
-    tables.read.cache_clear()
-    planner._measured.cache_clear()
+    read_files_again()
     return path
 
 
@@ -209,7 +201,7 @@ def test_explain_says_where_tiles_are_from(folder, monkeypatch):
     assert str(path) in explain_call(QWEN, 64, dtype=torch.bfloat16, arch="sm_90")["why"]
     monkeypatch.setenv("FUSEDMOE_TUNED", "none")
     reading.settings.cache_clear()
-    planner._measured.cache_clear()
+    read_files_again()
     assert lookup(problem(64), H200) is None
 
 

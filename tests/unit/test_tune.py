@@ -15,7 +15,7 @@ from fusedmoe.cli.app import app
 from fusedmoe.errors import OptionError, UnsupportedError
 from fusedmoe.plan import tables, vllm_json
 from fusedmoe.plan.config import KernelConfig
-from fusedmoe.plan.planner import untuned
+from fusedmoe.plan.planner import choose, untuned
 from fusedmoe.plan.validity import why_not_plan
 from fusedmoe.target import KNOWN, Target
 from fusedmoe.tune import TOKENS, export, take_over, tune
@@ -146,6 +146,15 @@ def test_a_session_is_written_and_resumed(tmp_path):
     assert [entry.slots for entry in tables.read(path, H200)] == [8, 64, 512]
     session(tmp_path / "new", clocks, tokens=(8,), again=True)
     assert clocks == [1, 8, 64, 8] and [entry.slots for entry in tables.read(path, H200)] == [8, 64, 512]
+
+
+def test_what_was_planned_before_is_planned_anew(folder):
+    p = problem()
+    before = choose(p, H200)
+    (step,) = session(folder, [], tokens=(p.tokens,))
+    after = choose(p, H200)
+    assert (after.triton.gate_up, after.triton.down) == (step.tiles.gate_up, step.tiles.down)
+    assert before == untuned(p, H200) != after and str(step.path) in after.why
 
 
 def test_news_on_the_way(tmp_path):

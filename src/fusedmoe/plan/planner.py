@@ -86,6 +86,12 @@ def untuned(problem: Problem, target: Target, backend: str = "auto") -> Plan:
     return _choose(problem, target, backend)
 
 
+def read_files_again() -> None:
+    """Forget what files of measured tiles said, and the plans made of it: one has changed."""
+    tables.read.cache_clear()
+    _measured.cache_clear()
+
+
 def tokens_before_breaks(problem: Problem, target: Target) -> list[int]:
     """Token counts below the problem's after which a call may be planned otherwise, and with less workspace."""
     measured = [] if problem.batch_invariant else tables.tokens_before_breaks(problem, target)

@@ -21,7 +21,7 @@ from fusedmoe.errors import OptionError, UnsupportedError, explain
 from fusedmoe.plan import tables, vllm_json
 from fusedmoe.plan.config import Plan
 from fusedmoe.plan.heuristics import triton_plan
-from fusedmoe.plan.planner import untuned
+from fusedmoe.plan.planner import read_files_again, untuned
 from fusedmoe.plan.tables import Entry, contents, name_of
 from fusedmoe.settings import cache_folder
 from fusedmoe.spec.problem import Problem
@@ -149,7 +149,7 @@ def tune(
     form = format_for(scheme, shape)
     problems = [problem_of(shape, n, dtype, form=form) for n in sorted(set(tokens))]
     path = _path(problems[0], target, folder)
-    tables.read.cache_clear()
+    read_files_again()  # another process may have written it
     entries = {entry.slots: entry for entry in tables.read(path, target)}
     if measuring is None:
         layer = draw_layer(shape, dtype=dtype, device=device, scheme=scheme)
@@ -181,7 +181,6 @@ def tune(
         entry = entries[problem.slots] = _entry(problem, found)
         _write(path, contents(list(entries.values()), target, command))
         yield Progress(tokens=problem.tokens, path=path, entry=entry, tiles=found.tiles, us=found.us, tried=found.tried)
-    tables.read.cache_clear()
 
 
 def take_over(
@@ -208,7 +207,6 @@ def take_over(
     path = _path(problem, target, folder)
     entries, refused = vllm_json.read(text, problem, target)
     _write(path, contents(entries, target, command))
-    tables.read.cache_clear()
     return path, refused
 
 
@@ -290,6 +288,7 @@ def _write(path: Path, text: str) -> None:
             new.write_text(text, encoding="utf-8")
     except OSError as cause:
         raise _refused(path, cause) from cause
+    read_files_again()
 
 
 def _refused(path: Path, cause: OSError) -> OptionError:
