@@ -113,12 +113,17 @@ NUMPY, LEARNT = (2, 4), (3, 7)
 FORGOT = (3, 9)
 
 
-def version_of(package: str) -> tuple[int, ...] | None:
-    """Major and minor version by its metadata, as deciding imports no compiler; None where that does not say."""
+def installed(package: str) -> str | None:
+    """Version of a distribution by its metadata, without importing it; None where it is not installed."""
     try:
-        words = importlib.metadata.version(package).split(".")[:2]
+        return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def version_of(package: str) -> tuple[int, ...] | None:
+    """Major and minor version by its metadata, as deciding imports no compiler; None where that does not say."""
+    words = (installed(package) or "none").split(".")[:2]
     return tuple(int(word) for word in words) if all(word.isdecimal() for word in words) else None
 
 

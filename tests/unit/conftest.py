@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import fusedmoe
+from fusedmoe.testing.ranks import Ranks
 
 SOURCE = str(Path(fusedmoe.__file__).parents[1])
 
@@ -28,6 +29,26 @@ def python():
         return result.stdout
 
     return run
+
+
+@pytest.fixture(scope="module")
+def pools():
+    """Ranks by their number, started when first asked for."""
+    started = {}
+
+    def pool(n_ranks):
+        if n_ranks not in started:
+            started[n_ranks] = Ranks(n_ranks)
+        return started[n_ranks]
+
+    yield pool
+    for one in started.values():
+        one.close()
+
+
+@pytest.fixture
+def two(pools):
+    return pools(2)
 
 
 @pytest.fixture

@@ -34,21 +34,6 @@ CASE = Case(tokens=37, top_k=K, experts=E, hidden=H, intermediate=I, dtype="floa
 HOT = Placement(((0, 1, 2, 8), (3, 4, 8), (5, 6), (7, 8)))
 
 
-@pytest.fixture(scope="module")
-def pools():
-    """Ranks by their number, started when first asked for."""
-    started = {}
-
-    def pool(n_ranks):
-        if n_ranks not in started:
-            started[n_ranks] = Ranks(n_ranks)
-        return started[n_ranks]
-
-    yield pool
-    for one in started.values():
-        one.close()
-
-
 @pytest.fixture(params=[2, 4])
 def ranks(pools, request):
     return pools(request.param)
@@ -57,11 +42,6 @@ def ranks(pools, request):
 @pytest.fixture
 def four(pools):
     return pools(4)
-
-
-@pytest.fixture
-def two(pools):
-    return pools(2)
 
 
 # --- what the ranks run ---------------------------------------------------------------------------------------------

@@ -15,31 +15,10 @@ from fusedmoe.modular import Experts
 from fusedmoe.parallel import ExpertParallel, Placement, TensorParallel, intermediate_slice
 from fusedmoe.schemes import format_of
 from fusedmoe.testing.cases import Case
-from fusedmoe.testing.ranks import Ranks
 from fusedmoe.testing.verify import relative_error
 
 E, K, H, I = 9, 3, 48, 32
 CASE = Case(tokens=37, top_k=K, experts=E, hidden=H, intermediate=I, dtype="float32")
-
-
-@pytest.fixture(scope="module")
-def pools():
-    """Ranks by their number, started when first asked for."""
-    started = {}
-
-    def pool(n_ranks):
-        if n_ranks not in started:
-            started[n_ranks] = Ranks(n_ranks)
-        return started[n_ranks]
-
-    yield pool
-    for one in started.values():
-        one.close()
-
-
-@pytest.fixture
-def two(pools):
-    return pools(2)
 
 
 def adapters_of(options):

@@ -23,20 +23,12 @@ from fusedmoe.parallel.deepep import _as_codes
 from fusedmoe.schemes import format_of
 from fusedmoe.spec.format import Inputs
 from fusedmoe.testing.cases import Case
-from fusedmoe.testing.ranks import Ranks
 from fusedmoe.testing.verify import relative_error
 
 E, K, H, I = 8, 3, 256, 64
 CASE = Case(tokens=26, top_k=K, experts=E, hidden=H, intermediate=I, ids="uniform")
 BLOCKS = (format_of("fp8_block"),) * 2
 CHANNELS = (format_of("fp8_channel"),) * 2
-
-
-@pytest.fixture(scope="module")
-def two():
-    pool = Ranks(2)
-    yield pool
-    pool.close()
 
 
 def drawn(case):

@@ -98,8 +98,12 @@ def operand(w: torch.Tensor | ExpertMatrix, multiply: str, up: int, wide: int, c
     in_step = block_k != 0 and not in_weights
     scale = _bytes(w.scale) if form.scale in ("e8m0", "e4m3") else w.scale
     phase = up if w.parts == 1 and block_n else 0
+    if config.words:
+        data = w.data.view(torch.int32)
+    else:
+        data = w.data if form.element in ("int8", multiply) else _bytes(w.data)
     weight = Weight(
-        *by_units(w.data),
+        *by_units(data),
         0,
         up,
         scale=BlockScale(
@@ -131,9 +135,7 @@ def operand(w: torch.Tensor | ExpertMatrix, multiply: str, up: int, wide: int, c
         policies["SHIFT"] = None
         if not block_k:
             policies["LOAD_SCALES"] = scales.zeros_alone
-    data = w.data
     if config.words:
-        data = w.data.view(torch.int32)
         policies |= {
             "DECODE": words.decoded_and_scaled if in_weights else words.decoded,
             "ELEMENT": words.assembly(
@@ -145,14 +147,11 @@ def operand(w: torch.Tensor | ExpertMatrix, multiply: str, up: int, wide: int, c
             "PER_ITEM": 4 * form.per_byte,
         }
     elif multiply != form.element:
-        data = w.data if form.element == "int8" else _bytes(w.data)
         element = {"int8": decode.signed, "uint8": decode.unsigned, "int4": decode.unsigned}.get(form.element)
         policies |= {
             "DECODE": decode.decoded_and_scaled if in_weights else decode.decoded,
             "ELEMENT": element or getattr(decode, form.element),
         }
-    ptr, stride_e, stride_n, stride_k, unit = by_units(data)
-    weight = weight._replace(ptr=ptr, stride_e=stride_e, stride_n=stride_n, stride_k=stride_k, unit=unit)
     if in_step:
         policies |= {"GROUP": block_k, "STRIDE": math.ceil(block_k / config.block_k) * config.block_k}
     k_end = k if policies["GROUP"] == policies["STRIDE"] else math.ceil(k / block_k) * policies["STRIDE"]

@@ -6,7 +6,6 @@ what it returns is the call that is verified and timed. A package is imported wh
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fusedmoe.errors import OptionError, explain
+from fusedmoe.target import installed
 
 Call = Callable[[], Tensor]
 
@@ -39,10 +39,7 @@ class Library:
     @property
     def version(self) -> str:
         """Name and version of the package; the name alone where it is not installed."""
-        try:
-            return f"{self.package} {importlib.metadata.version(self.package)}"
-        except importlib.metadata.PackageNotFoundError:
-            return self.package
+        return " ".join(filter(None, (self.package, installed(self.package))))
 
 
 def _torch_grouped_mm(x: Tensor, w13: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Call:

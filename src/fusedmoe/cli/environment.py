@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import platform
 from dataclasses import asdict
@@ -14,7 +13,7 @@ import fusedmoe
 from fusedmoe.bench import SHAPES, default_device, problem_of
 from fusedmoe.plan.planner import support
 from fusedmoe.settings import settings
-from fusedmoe.target import target_of
+from fusedmoe.target import installed, target_of
 
 #: Fields of :class:`fusedmoe.settings.Settings`, and the variables that set them.
 VARIABLES = {
@@ -34,11 +33,8 @@ def versions() -> dict[str, str | None]:
     """Versions of this package, of Python and of the packages it works with; None where one is missing."""
     found: dict[str, str | None] = {"fusedmoe": fusedmoe.__version__, "python": platform.python_version()}
     for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            # ROCm, XPU and Windows builds ship Triton under other names.
-            found[package] = "unknown" if importlib.util.find_spec(package) else None
+        # ROCm, XPU and Windows builds ship Triton under other names.
+        found[package] = installed(package) or ("unknown" if importlib.util.find_spec(package) else None)
     return found
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.metadata
 import logging
 from types import SimpleNamespace
 from typing import Any
@@ -23,6 +22,7 @@ from fusedmoe.functional import fused_experts
 from fusedmoe.integrations.vllm import kind_of, matrices
 from fusedmoe.settings import settings
 from fusedmoe.spec.activation import Activation
+from fusedmoe.target import installed
 
 #: The version of SGLang whose function was looked at.
 VERSION = "0.5.23"
@@ -39,10 +39,7 @@ def register() -> None:
     """
     if not settings().sglang:
         return
-    try:
-        version = importlib.metadata.version("sglang")
-    except importlib.metadata.PackageNotFoundError:
-        version = "none"
+    version = installed("sglang") or "none"
     if version.split("+")[0] != VERSION:
         _log.warning("FUSEDMOE_SGLANG: got SGLang %s; wanted %s. Its experts are left as they are.", version, VERSION)
         return

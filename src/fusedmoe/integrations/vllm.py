@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.metadata
 import logging
 from typing import Any
 
@@ -25,6 +24,7 @@ from fusedmoe.expert_matrix import ExpertMatrix
 from fusedmoe.functional import fused_experts
 from fusedmoe.settings import settings
 from fusedmoe.spec.activation import TABLE, Activation
+from fusedmoe.target import installed
 
 #: Versions of vLLM whose experts classes were looked at.
 FIRST, LAST = (0, 22, 1), (0, 33)
@@ -43,10 +43,7 @@ def register() -> None:
     """
     if not settings().vllm:
         return
-    try:
-        version = importlib.metadata.version("vllm")
-    except importlib.metadata.PackageNotFoundError:
-        version = "none"
+    version = installed("vllm") or "none"
     numbers = tuple(int(part) for part in version.split("+")[0].split(".")[:3] if part.isdecimal())
     if not (numbers >= FIRST and numbers[:2] <= LAST):
         wanted = f"{'.'.join(map(str, FIRST))} to {'.'.join(map(str, LAST))}"

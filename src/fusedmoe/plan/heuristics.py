@@ -235,10 +235,7 @@ def _ideal(problem: Problem, target: Target, block_m: int, gemm: Gemm, *, few: b
     if target.interpret:
         return KernelConfig(block_m=block_m, block_n=64 // half, block_k=32, group_m=2, swap=gemm.format is not None)
     if gemm.format is not None:
-        gather = gate_up and problem.intermediate >= GATHER_INTERMEDIATE
-        crowded = problem.active_experts * -(-gemm.columns // 64) > 2 * target.n_sm
-        pairs = gemm.width == 2 and problem.gate_up == "interleaved"
-        tile = _quantised(target, block_m, gemm, few=few, gate_up=gate_up, gather=gather, crowded=crowded, pairs=pairs)
+        tile = _quantised(problem, target, block_m, gemm, few=few, gate_up=gate_up)
         lonely = block_m == 16 and _programs(problem, gemm, tile.block_n) < target.n_sm
         return _lonely(problem, target, gemm, tile) if lonely and target.capability == 90 else tile
     if problem.dtype == "float32":
@@ -279,13 +276,8 @@ def _ideal(problem: Problem, target: Target, block_m: int, gemm: Gemm, *, few: b
     return replace(tile, group_m=8, maps="xw", programs_per_sm=1)
 
 
-def _quantised(
-    target: Target, block_m: int, gemm: Gemm, *, few: bool, gate_up: bool, gather: bool, crowded: bool, pairs: bool
-) -> KernelConfig:
-    """The tile of a quantised matrix.
-
-    ``crowded``: several programs to a multiprocessor, which hide each other's waits. ``pairs``: see :func:`_decoded`.
-    """
+def _quantised(problem: Problem, target: Target, block_m: int, gemm: Gemm, *, few: bool, gate_up: bool) -> KernelConfig:
+    """The tile of a quantised matrix."""
     half, math = gemm.width, multiply_in(gemm, target)
     hopper = target.vendor == "nvidia" and target.capability == 90
     assert gemm.format is not None
@@ -294,7 +286,7 @@ def _quantised(
     if math == "float32":
         return KernelConfig(block_m=min(32, block_m), block_n=64 // half, block_k=32, warps=4, stages=3, group_m=4)
     if bytes_of(math) > 1:
-        return _decoded(target, block_m, gemm, gate_up=gate_up, pairs=pairs)
+        return _decoded(problem, target, block_m, gemm, gate_up=gate_up)
     grouped = gemm.grouped
     block_k = min(128, max(32, _next_power_of_2(gemm.format.block[1]))) if grouped else 128
     if not hopper:
@@ -311,6 +303,8 @@ def _quantised(
             deep = replace(tile, stages=6 if block_m == 16 else 4)
             return deep if gate_up or few else replace(tile, block_n=128)
         if gate_up or few:
+            # Several programs to a multiprocessor hide each other's waits.
+            crowded = problem.active_experts * -(-gemm.columns // 64) > 2 * target.n_sm
             return replace(tile, block_k=256, stages=3 if gate_up and crowded and block_m == 16 else 4)
         return replace(tile, block_n=128) if block_m == 16 else replace(tile, block_n=256, warps=8, stages=3)
     if block_m == 64:
@@ -319,6 +313,7 @@ def _quantised(
         return replace(tile, block_n=128) if grouped else replace(tile, block_n=128, stages=3, maps="w")
     tile = replace(tile, warps=8, group_m=8)
     if gate_up:
+        gather = problem.intermediate >= GATHER_INTERMEDIATE
         maps: Literal["w", "xw"] = "xw" if gather else "w"
         if grouped:  # a second accumulator, of a group, leaves registers for 64 columns of gate and up
             return replace(tile, stages=4 if gather else 5, maps=maps)
@@ -327,12 +322,10 @@ def _quantised(
     return replace(tile, block_n=128) if grouped else replace(tile, block_n=256, stages=3)
 
 
-def _decoded(target: Target, block_m: int, gemm: Gemm, *, gate_up: bool, pairs: bool) -> KernelConfig:
+def _decoded(problem: Problem, target: Target, block_m: int, gemm: Gemm, *, gate_up: bool) -> KernelConfig:
     """The tile of weights that are decoded on their way to the tensor cores.
 
     By the word, a warp group of 4 warps has 64 rows of weights in its registers: half a tile more would only wait.
-    ``pairs``: gate and up side by side are one product, whose operand of 128 columns has no room beside its sum; in
-    two products, one after the other, only masks of columns past the last have none.
     """
     assert gemm.format is not None
     group = gemm.format.block[1]
@@ -362,6 +355,9 @@ def _decoded(target: Target, block_m: int, gemm: Gemm, *, gate_up: bool, pairs: 
     if gate_up and 0 < group < 128 and (gemm.format.zero or gemm.inputs):
         return replace(short, block_m=64)  # zero points or scales of rows as well: registers for half the rows
     if gate_up:
+        # Side by side they are one product, whose operand of 128 columns has no room beside its sum; in two products,
+        # one after the other, only masks of columns past the last have none.
+        pairs = gemm.width == 2 and problem.gate_up == "interleaved"
         tall = words if pairs else short
         return replace(tall, block_n=64 if pairs or gemm.columns % 128 else 128, warps=8, stages=3, group_m=8)
     return replace(short if 0 < group < 128 else words, stages=3, group_m=8)
@@ -408,8 +404,8 @@ def _lonely(problem: Problem, target: Target, gemm: Gemm, tile: KernelConfig) ->
     """
     very = 2 * _programs(problem, gemm, tile.block_n) <= target.n_sm
     if gemm.format is not None and bytes_of(multiply_in(gemm, target)) > 1:
-        scales = gemm.format.block[1]  # with zero points or many scales a longer step spills
-        longer = very and tile.words and not gemm.format.zero and not 0 < scales < 32
+        many = 0 < gemm.format.block[1] < 32  # scales; with them, or zero points, a longer step spills
+        longer = very and tile.words and not gemm.format.zero and not many
         return replace(tile, block_k=2 * tile.block_k, stages=4) if longer else tile
     tile = replace(tile, stages=6)
     if not very or tile.block_n < 32:
