@@ -285,13 +285,15 @@ def test_check(monkeypatch):
 
 
 def test_check_of_random_problems(monkeypatch):
-    shown = invoke("check", "--fuzz", 10, "--seed", 3, "--device", "cpu").stdout
+    common = ("check", "--fuzz", 10, "--device", "cpu")
+    shown = invoke(*common, "--seed", 3).stdout
     assert "seed 3" in shown and "10 random problems on" in shown and "0 wrong" in shown
-    found = data("check", "--fuzz", 10, "--device", "cpu", "--json")
+    found = data(*common, "--seed", 3, "--json")
     assert found["problems"] == 10 and found["wrong"] == [] and 0 < found["worst"] <= 1
-    assert 0 <= found["seed"] < 2**32
     monkeypatch.setattr(fuzzing, "run_poisoned", lambda *_, **__: (None, 1.0))
-    assert "FAIL Outcome(case=Case(tokens=" in invoke("check", "--fuzz", 10, "--device", "cpu", code=1).stdout
+    assert "FAIL Outcome(case=Case(tokens=" in invoke(*common, code=1).stdout
+    found = data(*common, "--json", code=1)
+    assert len(found["wrong"]) == 10 and 0 <= found["seed"] < 2**32  # drawn, as none was given
 
 
 def test_bench_beside_a_peer(tmp_path):

@@ -261,9 +261,9 @@ class Case:
         expert_map = None
         if self.mapped:
             expert_map = torch.full((n_global,), -1, dtype=torch.int32, device=device)
-            here = torch.randperm(n_global, generator=g, device=device)[: self.experts]
+            here, beyond, _ = torch.randperm(n_global, generator=g, device=device).split([self.experts, 1, 2])
             expert_map[here] = torch.arange(self.experts, dtype=torch.int32, device=device)
-            expert_map[here[0]] = self.experts  # a map entry out of range: absent
+            expert_map[beyond] = self.experts  # out of range: absent
         w13 = self._matrix(0, n_rows, self.hidden, g)
         w2 = self._matrix(1, self.hidden, self.intermediate, g)
         options: dict[str, Any] = {
