@@ -22,7 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ROOT / "src" / "fusedmoe"
 #: What is for people or for other libraries, and imported by nothing that is left.
-LEFT_BEHIND = ("bench", "cli", "integrations", "selftest.py", "testing", "tune")
+LEFT_BEHIND = ("__main__.py", "bench", "cli", "integrations", "selftest.py", "testing", "tune")
 #: Backends of torch where the kernels were compiled, or that the torch backend serves; a directory each.
 BACKENDS = ("cpu", "cuda", "rocm")
 #: How the package says its operators' namespace.

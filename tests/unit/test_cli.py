@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import subprocess
 import sys
 
 import pytest
@@ -231,6 +232,11 @@ def test_explain_for_people():
     shown = invoke("explain", *sizes, *kind, "--arch", "sm_90").output
     for words in ("sm_90 (H200)", "swigluoai", "triton", "not torch", "workspace", "floor", "grouped_gemm", "block_m="):
         assert words in shown
+
+
+def test_the_package_itself_is_the_command():
+    done = subprocess.run([sys.executable, "-m", "fusedmoe", "--help"], capture_output=True, text=True, check=True)
+    assert "explain" in done.stdout
 
 
 def test_explain_says_what_a_batch_invariant_call_takes():
