@@ -376,8 +376,8 @@ def _expecting(problem: Problem, expected_rows: int | None, *, sparse: bool) -> 
 
 
 def _bytes(name: str, buffer: Tensor) -> Tensor:
-    if not isinstance(buffer, Tensor) or not buffer.is_contiguous():
-        got = "strides that skip memory" if isinstance(buffer, Tensor) else type(buffer).__name__
+    if not isinstance(buffer, Tensor) or not buffer.is_contiguous() or buffer.is_neg():
+        got = "a view of other memory" if isinstance(buffer, Tensor) else type(buffer).__name__
         do = "Allocate what Experts.workspace_shapes says."
         raise WorkspaceError(explain(name, got=got, wanted="a contiguous tensor", do=do))
     return buffer.view(-1).view(torch.uint8)

@@ -87,7 +87,8 @@ def quantize(
     assert data is not None and scale is not None
     if input_scale is not None:
         if isinstance(input_scale, Tensor):
-            one = input_scale.layout == torch.strided and input_scale.numel() == 1 and input_scale.dtype in _FLOATS
+            there = input_scale.layout == torch.strided and not input_scale.is_meta
+            one = there and input_scale.numel() == 1 and input_scale.dtype in _FLOATS
         else:
             one = isinstance(input_scale, (int, float)) and abs(input_scale) <= FLOAT32_MAX
         if not one:

@@ -61,6 +61,11 @@ MISTAKES = {
         WorkspaceError,
         ["workspace13", "contiguous"],
     ),
+    "a workspace that negates": (
+        batched(workspace13=torch._neg_view(torch.empty(9)), workspace2=torch.empty(9)),
+        WorkspaceError,
+        ["workspace13", "contiguous"],
+    ),
     "adapters of other rows": (
         batched(lora=SLOTS, adapter_ids=torch.zeros(T, E).int()),
         ShapeError,

@@ -189,6 +189,13 @@ def test_choices_reach_the_format():
         (torch.ones(1, 4, 32), "fp8_block", {"parts": 3}, ShapeError, "parts: got 3"),
         (torch.ones(1, 4, 32), "mxfp4", {"zero": True}, OptionError, "zero points of scheme 'mxfp4'"),
         (torch.ones(1, 4, 32), "fp8_tensor", {"inputs": "static"}, OptionError, "input_scale .*got none; wanted"),
+        (
+            torch.ones(1, 4, 32),
+            "fp8_tensor",
+            {"input_scale": torch.ones(1, device="meta")},
+            OptionError,
+            "input_scale: ",
+        ),
         (torch.ones(1, 4, 32), "mxfp4", {"input_scale": 0.5}, OptionError, "inputs with block .*got static"),
         (torch.full((1, 4, 32), math.nan), "mxfp4", {}, OptionError, "weight to quantise: got values .*wanted finite"),
         (torch.full((1, 4, 32), -math.inf), "int8_w8a16", {}, OptionError, "wanted finite"),
