@@ -32,8 +32,6 @@ if settings().interpret:
     ],
 )
 def test_one_gemm_and_no_spills(target, chosen, tokens, scheme, monkeypatch):
-    if scheme == "int4_w4a16" and chosen == "gluon_sm90":
-        return  # weight-only schemes stay with the portable kernels
     shape = (128, 1536, 2048)
     w = torch.empty(shape, dtype=torch.float16)
     if scheme is not None:

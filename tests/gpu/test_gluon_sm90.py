@@ -6,11 +6,13 @@ import pytest
 import torch
 
 import fusedmoe
+from fusedmoe.bench import Shape, problem_of
 from fusedmoe.checks import check
-from fusedmoe.plan.planner import choose
+from fusedmoe.plan.heuristics import sm90_plan
+from fusedmoe.plan.planner import SUPPORTS, choose
 from fusedmoe.schemes import SCHEMES, format_of
 from fusedmoe.spec.activation import Activation
-from fusedmoe.target import target_of
+from fusedmoe.target import KNOWN, target_of
 from fusedmoe.testing.cases import OPTIONS, QUANTISED_OPTIONS, Case, formats_of, pairwise, run_poisoned
 from fusedmoe.testing.verify import TOLERANCE, relative_error
 
@@ -47,23 +49,25 @@ def test_option_grid(row):
     assert error < TOLERANCE[case.dtype], case
 
 
+#: Multiplied as codes, or decoded by the word of 32 bits, whose columns change places by 32.
+WHOLE_WORDS = [shape for shape in SHAPES if shape[3] % 32 == shape[4] % 32 == 0]
+
+
 def quantised() -> list[Case]:
-    """Every format whose codes these kernels multiply, over shapes and options."""
+    """Every format that these kernels take, over shapes and options."""
     rows = pairwise({"shape": SHAPES, **TAKEN, "pad": (0, 16), **QUANTISED_OPTIONS, "emulate": (False,)}, seed=3)
-    forms = [
-        form
-        for scheme in SCHEMES
-        for form in formats_of(scheme)
-        if form.inputs is not None
-        and (form.element, form.inputs.mode == "group") in (("e4m3", False), ("e4m3", True), ("int8", False))
-        and form.element == form.inputs.element
-        and form.block in ((128, 128), (1, 0), (0, 0))
-    ]
+    layer = Shape("any", 8, 2, 256, 256)
     cases = []
-    for index, form in enumerate(form for form in forms for _ in range(5)):
-        options = dict(rows[index % len(rows)])
-        chosen = {"both": (form, form), "w13": (form, None), "w2": (None, form)}[options.pop("quantised")]
-        cases.append(Case.of(**options, formats=chosen).fitted())
+    for form in (form for scheme in SCHEMES for form in formats_of(scheme)):
+        problem = problem_of(layer, 512, torch.bfloat16, form=form)
+        if SUPPORTS["gluon_sm90"](problem, KNOWN["sm_90"]):
+            continue
+        for _ in range(5):
+            options = dict(rows[len(cases) % len(rows)])
+            if sm90_plan(problem, KNOWN["sm_90"]).gate_up.words and options["shape"] not in WHOLE_WORDS:
+                options["shape"] = WHOLE_WORDS[len(cases) % len(WHOLE_WORDS)]
+            chosen = {"both": (form, form), "w13": (form, None), "w2": (None, form)}[options.pop("quantised")]
+            cases.append(Case.of(**options, formats=chosen).fitted())
     return cases
 
 

@@ -42,9 +42,7 @@ def expected(x, w, bias, ids):
 def test_rows(tokens, backend, scheme):
     x, w, bias, ids = draw(tokens)
     matrix = w if scheme is None else fusedmoe.quantize(w.float(), scheme)
-    if backend == "gluon_sm90" and (
-        target_of(x.device).arch != "sm_90" or scheme in ("int4_w4a16", "mxfp4") or tokens < 300
-    ):
+    if backend == "gluon_sm90" and (target_of(x.device).arch != "sm_90" or tokens < 300):
         pytest.skip("not for these kernels")
     rows = x
     if isinstance(matrix, fusedmoe.ExpertMatrix):

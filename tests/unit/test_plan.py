@@ -137,7 +137,10 @@ def both(form, **options) -> Problem:
         (both(FP8_BLOCK, tokens=8192, gate_up="interleaved"), "gluon_sm90"),
         (both(FP8_CHANNEL, tokens=32768, top_k=2, experts=8, hidden=4096, intermediate=14336), "triton"),
         (both(INT8, tokens=32768, top_k=2, experts=8, hidden=4096, intermediate=14336), "gluon_sm90"),
-        (both(format_of("int4_w4a16"), tokens=8192), "triton"),
+        (both(format_of("int4_w4a16"), tokens=8192), "gluon_sm90"),  # 1.83 and 1.40 ms
+        (both(format_of("mxfp4"), tokens=512), "triton"),  # 293 and 351 us
+        (both(format_of("mxfp4"), tokens=2048, hidden=2880, intermediate=2880, gate_up="interleaved"), "gluon_sm90"),
+        (both(format_of("int4_w4a16"), tokens=8192, batch_invariant=True), "triton"),
         (problem(tokens=8192, dtype="float32"), "triton"),
     ],
     ids=str,
@@ -161,8 +164,10 @@ def test_the_faster_backend_is_chosen(p, backend):
         ({"w13_format": format_of("fp8_block", block=(64, 64))}, "scales must be those of block_k=128"),
         ({"w2_format": format_of("fp8_block", block=(64, 128))}, "blocks of 64 have several"),
         ({"w13_format": format_of("int8_w8a8", inputs="group")}, "e4m3 alone"),
-        ({"w2_format": format_of("int4_w4a16")}, "decodes no weights"),
-        ({"w13_format": FP8_CHANNEL, "emulate": True}, "decodes no weights"),
+        ({"w2_format": format_of("int4_w4a16", zero=True)}, "no zero points"),
+        ({"w2_format": format_of("mxfp8")}, "decoded by the word"),
+        ({"w13_format": format_of("int8_w8a16", group=64), "hidden": 2064}, "multiple of 32"),
+        ({"w13_format": FP8_CHANNEL, "emulate": True}, "decoded by the word"),
     ],
     ids=str,
 )

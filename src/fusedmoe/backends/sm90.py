@@ -22,13 +22,15 @@ def multiply(product: Product, options: dict[str, Any], schedule: Schedule, prog
     half = config.block_n * product.gemm.width // 2  # columns of weights that share a scale, if any do
     matrix = operand(product.w, product.multiply, product.up, half, config)
     data, policies = matrix.data, matrix.policies
-    layout = gl.NVMMASharedLayout(128, 8 * data.element_size(), 2)
     rows, per_expert = stacked_rows(data)
     box = half if product.gate_up == "concatenated" else 2 * half
-    w_desc = TensorDescriptor(data, [rows, k], [data.stride(1), 1], [box, config.block_k], layout)
+    count = config.block_k // policies["PER_ITEM"]
+    w_layout = gl.NVMMASharedLayout(count * data.element_size(), 8 * data.element_size(), 2)
+    w_desc = TensorDescriptor(data, [rows, data.shape[2]], [data.stride(1), 1], [box, count], w_layout)
+    x_layout = gl.NVMMASharedLayout(128, policies["MATH"].primitive_bitwidth, 2)
     x_desc = None
     if config.maps == "xw":
-        x_desc = TensorDescriptor(x.ptr, [x.ptr.shape[0], k], [x.stride_row, 1], [64, config.block_k], layout)
+        x_desc = TensorDescriptor(x.ptr, [x.ptr.shape[0], k], [x.stride_row, 1], [64, config.block_k], x_layout)
     launch(
         grouped_gemm_sm90,
         (programs,),
@@ -42,16 +44,15 @@ def multiply(product: Product, options: dict[str, Any], schedule: Schedule, prog
         w_desc,
         k,
         **options,
-        **{name: product.stored[name] for name in ("STORE", "ENCODE", "LARGEST", "OUT_GROUP")},
-        LOAD_SCALES=policies["LOAD_SCALES"],
-        FINISH=policies["FINISH"],
+        **{name: product.stored[name] for name in ("STORE", "ARRANGE", "ENCODE", "LARGEST", "OUT_GROUP")},
+        **{name: policies[name] for name in ("LOAD_SCALES", "MATH", "ELEMENT", "FINISH", "ACCUMULATE")},
         EPILOGUE=product.epilogue,
         ACTIVATION=product.activation,
         GATE_UP=product.gate_up,
         N=n,
         K=k,
-        ACCUMULATE=policies["ACCUMULATE"],
-        SCALED=policies["STEP"] is step.scaled_product,
+        SUM="words" if config.words else "groups" if policies["STEP"] is step.scaled_product else "running",
+        X_LAYOUT=x_layout,
         BLOCK_K=config.block_k,
         STAGES=config.stages,
         GROUP_M=config.group_m,

@@ -94,7 +94,7 @@ def operand(w: torch.Tensor | ExpertMatrix, multiply: str, up: int, wide: int, c
     form = w.format
     block_n, block_k = form.block
     of_rows_too = form.inputs is not None and form.inputs.mode == "group"
-    in_weights = block_k != 0 and not of_rows_too and block_n == 1 and config.block_k > block_k
+    in_weights = block_k != 0 and not of_rows_too and block_n == 1 and (config.block_k > block_k or config.specialised)
     in_step = block_k != 0 and not in_weights
     scale = _bytes(w.scale) if form.scale in ("e8m0", "e4m3") else w.scale
     phase = up if w.parts == 1 and block_n else 0

@@ -27,10 +27,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from fusedmoe.kernels.scales import of_rows, row_of
+from fusedmoe.kernels.scales import none, of_rows, of_words, row_of
 from fusedmoe.kernels.step import add_scaled
 from fusedmoe.kernels.store import write
 from fusedmoe.kernels.tiles import scheduled_tile
+from fusedmoe.kernels.words import numbers, scale_of_words
 
 BLOCK_M = gl.constexpr(128)
 WIDE = gl.constexpr(256)
@@ -124,10 +125,12 @@ def _produce(
     N_BLOCKS: gl.constexpr, GROUP_M: gl.constexpr,
 ):  # fmt: skip
     GATHER: gl.constexpr = x_desc is None
-    BITS: gl.constexpr = w_desc.dtype.primitive_bitwidth
     BOX: gl.constexpr = WIDE // PARTS
-    BYTES: gl.constexpr = (WIDE if GATHER else WIDE + BLOCK_M) * BLOCK_K * BITS // 8
-    LAYOUT: gl.constexpr = _coalesced(BLOCK_K, BITS, gl.num_warps())
+    W_BYTES: gl.constexpr = WIDE * weights.shape[2] * weights.dtype.primitive_bitwidth // 8
+    X_BITS: gl.constexpr = rows.dtype.primitive_bitwidth
+    BYTES: gl.constexpr = W_BYTES if GATHER else W_BYTES + BLOCK_M * BLOCK_K * X_BITS // 8
+    PER_ITEM: gl.constexpr = BLOCK_K // weights.shape[2]
+    LAYOUT: gl.constexpr = _coalesced(BLOCK_K, X_BITS, gl.num_warps())
     stage = 0
     phase = 1
     expert, row0, end, block_n = _tile(first, n_tiles, schedule, N_BLOCKS, GROUP_M)
@@ -149,10 +152,10 @@ def _produce(
             full = ready.index(stage)
             mbarrier.wait(empty.index(stage), phase)
             mbarrier.expect(full, BYTES)
-            load_box(w_desc, [weight_row, k], full, weights.index(stage * PARTS))
+            load_box(w_desc, [weight_row, k // PER_ITEM], full, weights.index(stage * PARTS))
             if PARTS == 2:
                 up_row = weight_row + w.up
-                load_box(w_desc, [up_row, k], full, weights.index(stage * PARTS + 1))
+                load_box(w_desc, [up_row, k // PER_ITEM], full, weights.index(stage * PARTS + 1))
             if GATHER:
                 _copy(upper_pointers, upper_live, column, rows.index(stage * 2), k, K, BLOCK_K)
                 _copy(lower_pointers, lower_live, column, rows.index(stage * 2 + 1), k, K, BLOCK_K)
@@ -268,16 +271,88 @@ def _sum_of_groups(
     return left, right, stage, phase
 
 
+@gluon.constexpr_function
+def _words(count, step):
+    """Layout of words [64 step, count] that, decoded, lies as WGMMA reads its left operand; a thread has all rows
+    of a step.
+    """
+    registers = [[0, 4 << bit] for bit in range((count // 4).bit_length() - 1)] + [[8 * step, 0]]
+    registers += [[1 << bit, 0] for bit in range(step.bit_length() - 1)]
+    lanes = [[0, 1], [0, 2], [step, 0], [2 * step, 0], [4 * step, 0]]
+    return gl.DistributedLinearLayout(registers, lanes, [[16 * step, 0], [32 * step, 0]], [], [64 * step, count])
+
+
+@gluon.jit
+def _scale_of_words(w, expert, n, k, PART: gl.constexpr, LIMIT: gl.constexpr, K: gl.constexpr, MATH: gl.constexpr,
+                    PER_ITEM: gl.constexpr, OF_WORDS: gl.constexpr):  # fmt: skip
+    """What the words of rows n [.., 1] from columns k [1, ..] on are multiplied by as they are decoded."""
+    if OF_WORDS:
+        return scale_of_words(of_words(w, expert, n, n < LIMIT, k, PART, K), MATH, PER_ITEM)
+    else:
+        return 0.0
+
+
+@gluon.jit
+def _sum_of_words(
+    rows, weights, ready, empty, stage, phase, k_end, w, expert, left_n, right_n,
+    CONSUMER: gl.constexpr, GATHER: gl.constexpr, PARTS: gl.constexpr, PAIRS: gl.constexpr, LIMIT: gl.constexpr,
+    MATH: gl.constexpr, ELEMENT: gl.constexpr, OF_WORDS: gl.constexpr, K: gl.constexpr, BLOCK_K: gl.constexpr,
+    STAGES: gl.constexpr,
+):  # fmt: skip
+    """Two sums of 64 columns, as [columns, rows]. Weights are decoded on their way to registers, as the left operand:
+    while one consumer decodes, the other multiplies.
+    """
+    COUNT: gl.constexpr = weights.shape[2]
+    PER_ITEM: gl.constexpr = BLOCK_K // COUNT
+    SUM: gl.constexpr = _accumulator(BLOCK_M, BLOCK_M, 16, 4)
+    OPERAND: gl.constexpr = gl.DotOperandLayout(0, SUM, 2)
+    WORDS: gl.constexpr = _words(COUNT, 1)
+    left = gl.zeros((64, BLOCK_M), gl.float32, SUM)
+    right = gl.zeros((64, BLOCK_M), gl.float32, SUM)
+    column = PER_ITEM * gl.arange(0, COUNT, gl.SliceLayout(0, WORDS))[None, :]
+    s_left = _scale_of_words(w, expert, left_n, column, 0, LIMIT, K, MATH, PER_ITEM, OF_WORDS)
+    s_right = _scale_of_words(w, expert, right_n, column, PARTS - 1, LIMIT, K, MATH, PER_ITEM, OF_WORDS)
+    for k in range(0, k_end, BLOCK_K):
+        mbarrier.wait(ready.index(stage), phase)
+        if PARTS == 2:
+            left_words = weights.index(stage * 2).slice(CONSUMER * 64, 64).load(WORDS)
+            right_words = weights.index(stage * 2 + 1).slice(CONSUMER * 64, 64).load(WORDS)
+        elif PAIRS:
+            both = weights.index(stage).slice(CONSUMER * 128, 128).load(_words(COUNT, 2))
+            left_words, right_words = gl.split(gl.permute(gl.reshape(both, (64, 2, COUNT)), (0, 2, 1)))
+            left_words = gl.convert_layout(left_words, WORDS, assert_trivial=True)
+            right_words = gl.convert_layout(right_words, WORDS, assert_trivial=True)
+        else:
+            left_words = weights.index(stage).slice(CONSUMER * 128, 64).load(WORDS)
+            right_words = weights.index(stage).slice(CONSUMER * 128 + 64, 64).load(WORDS)
+        if GATHER:
+            fence_async_shared()
+        b = rows.index(stage).permute((1, 0))
+        a_left = numbers(left_words, None, s_left if OF_WORDS else None, MATH, ELEMENT, PER_ITEM, 64, BLOCK_K)
+        a_left = gl.convert_layout(a_left, OPERAND, assert_trivial=True)
+        left = warpgroup_mma(a_left, b, left, is_async=True)
+        a_right = numbers(right_words, None, s_right if OF_WORDS else None, MATH, ELEMENT, PER_ITEM, 64, BLOCK_K)
+        a_right = gl.convert_layout(a_right, OPERAND, assert_trivial=True)
+        right = warpgroup_mma(a_right, b, right, is_async=True)
+        ahead = k + BLOCK_K + column
+        s_left = _scale_of_words(w, expert, left_n, ahead, 0, LIMIT, K, MATH, PER_ITEM, OF_WORDS)
+        s_right = _scale_of_words(w, expert, right_n, ahead, PARTS - 1, LIMIT, K, MATH, PER_ITEM, OF_WORDS)
+        left, right = warpgroup_mma_wait(0, deps=(left, right))
+        mbarrier.arrive(empty.index(stage), count=1)
+        stage, phase = _next(stage, phase, STAGES)
+    return left, right, stage, phase
+
+
 @gluon.jit
 def _finished(
     acc, schedule, x, w, e, expert, row0, end, n0,
-    PART: gl.constexpr, LIMIT: gl.constexpr, FINISH: gl.constexpr, EPILOGUE: gl.constexpr,
+    PART: gl.constexpr, EVERY: gl.constexpr, LIMIT: gl.constexpr, FINISH: gl.constexpr, EPILOGUE: gl.constexpr,
 ):  # fmt: skip
-    """What follows the sum of columns ``n0 ...`` of a part of the weights, up to its activation."""
+    """What follows the sum of columns ``n0, n0 + EVERY ...`` of a part of the weights, up to its activation."""
     LAYOUT: gl.constexpr = acc.type.layout
     row, live, slot = _rows(row0, end, schedule, LAYOUT, acc.shape[0])
     scale_row = row_of(x, row, slot)
-    n = n0 + gl.arange(0, acc.shape[1], gl.SliceLayout(0, LAYOUT))
+    n = n0 + EVERY * gl.arange(0, acc.shape[1], gl.SliceLayout(0, LAYOUT))
     inside = n < LIMIT
     acc = FINISH(acc, x, w, scale_row, live, expert, n, gl.minimum(n0, LIMIT - 1), inside, PART)
     return EPILOGUE(acc, e, expert, slot, live, PART * w.up + n, inside)
@@ -286,7 +361,8 @@ def _finished(
 @gluon.jit
 def _store(
     result, schedule, out, row0, end, column0,
-    COLUMNS: gl.constexpr, STORE: gl.constexpr, ENCODE: gl.constexpr, LARGEST: gl.constexpr, OUT_GROUP: gl.constexpr,
+    COLUMNS: gl.constexpr, STORE: gl.constexpr, ARRANGE: gl.constexpr, ENCODE: gl.constexpr, LARGEST: gl.constexpr,
+    OUT_GROUP: gl.constexpr,
 ):  # fmt: skip
     ROWS: gl.constexpr = result.shape[0]
     BLOCK_N: gl.constexpr = result.shape[1]
@@ -299,7 +375,7 @@ def _store(
     row, live, slot = _rows(row0, end, schedule, LAYOUT, ROWS)
     column = column0 + gl.arange(0, BLOCK_N, gl.SliceLayout(0, LAYOUT))
     dest = slot if out.by_slot else row
-    write(gl.convert_layout(value, LAYOUT), out, dest, live, column, COLUMNS)
+    write(gl.convert_layout(ARRANGE(value), LAYOUT), out, dest, live, column, COLUMNS)
 
 
 @gluon.jit
@@ -310,21 +386,56 @@ def _activated_pairs(acc, p, ACTIVATION: gl.constexpr):
 
 
 @gluon.jit
+def _conclude(
+    left, right, schedule, x, w, out, e, p, expert, row0, end, n0, second, column0,
+    PARTS: gl.constexpr, EVERY: gl.constexpr, LIMIT: gl.constexpr, COLUMNS: gl.constexpr, FINISH: gl.constexpr,
+    EPILOGUE: gl.constexpr, ACTIVATION: gl.constexpr, GATE_UP: gl.constexpr, STORE: gl.constexpr,
+    ARRANGE: gl.constexpr, ENCODE: gl.constexpr, LARGEST: gl.constexpr, OUT_GROUP: gl.constexpr,
+):  # fmt: skip
+    """All that follows two sums, of columns ``n0 ...`` and ``second ...``: gate and up, or (EVERY == 1) two halves."""
+    left = _finished(left, schedule, x, w, e, expert, row0, end, n0, 0, EVERY, LIMIT, FINISH, EPILOGUE)
+    # One half after the other where they do not meet: fewer registers.
+    if GATE_UP is None:
+        if ACTIVATION is not None:
+            left = ACTIVATION(left, p)
+        _store(left, schedule, out, row0, end, n0, COLUMNS, STORE, ARRANGE, ENCODE, LARGEST, OUT_GROUP)
+    elif GATE_UP == "interleaved" and EVERY == 1:
+        left = _activated_pairs(left, p, ACTIVATION)
+    right = _finished(right, schedule, x, w, e, expert, row0, end, second, PARTS - 1, EVERY, LIMIT, FINISH, EPILOGUE)
+    if GATE_UP is None:
+        if ACTIVATION is not None:
+            right = ACTIVATION(right, p)
+        _store(right, schedule, out, row0, end, second, COLUMNS, STORE, ARRANGE, ENCODE, LARGEST, OUT_GROUP)
+    else:
+        if GATE_UP == "interleaved" and EVERY == 1:
+            result = _beside(left, _activated_pairs(right, p, ACTIVATION))
+        else:
+            result = ACTIVATION(left, right, p)
+        _store(result, schedule, out, row0, end, column0, COLUMNS, STORE, ARRANGE, ENCODE, LARGEST, OUT_GROUP)
+
+
+@gluon.jit
 def _consume(
     schedule, x, w, out, e, p, rows, weights, ready, empty, first, n_tiles, step, k_end,
-    CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr, GATHER: gl.constexpr, SCALED: gl.constexpr,
-    ACCUMULATE: gl.constexpr, LOAD_SCALES: gl.constexpr, FINISH: gl.constexpr, EPILOGUE: gl.constexpr,
-    ACTIVATION: gl.constexpr, GATE_UP: gl.constexpr, STORE: gl.constexpr, ENCODE: gl.constexpr,
-    LARGEST: gl.constexpr, OUT_GROUP: gl.constexpr, N: gl.constexpr, K: gl.constexpr, BLOCK_K: gl.constexpr,
-    STAGES: gl.constexpr, N_BLOCKS: gl.constexpr, GROUP_M: gl.constexpr,
+    CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr, GATHER: gl.constexpr, SUM: gl.constexpr,
+    ACCUMULATE: gl.constexpr, LOAD_SCALES: gl.constexpr, MATH: gl.constexpr, ELEMENT: gl.constexpr,
+    FINISH: gl.constexpr, EPILOGUE: gl.constexpr, ACTIVATION: gl.constexpr, GATE_UP: gl.constexpr,
+    STORE: gl.constexpr, ARRANGE: gl.constexpr, ENCODE: gl.constexpr, LARGEST: gl.constexpr, OUT_GROUP: gl.constexpr,
+    N: gl.constexpr, K: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, N_BLOCKS: gl.constexpr,
+    GROUP_M: gl.constexpr,
 ):  # fmt: skip
     PARTS: gl.constexpr = 2 if GATE_UP == "concatenated" else 1
     COLUMNS: gl.constexpr = N if GATE_UP is None else N // 2
     LIMIT: gl.constexpr = COLUMNS if PARTS == 2 else N  # columns of a part of the weights
+    DECODED: gl.constexpr = SUM == "words"
+    # Consumers share the rows of a tile, but where they decode: then its columns.
+    ROWS: gl.constexpr = BLOCK_M if DECODED else BLOCK_M // CONSUMERS
+    SHARE: gl.constexpr = WIDE // 2 if DECODED else WIDE
+    PAIRS: gl.constexpr = DECODED and GATE_UP == "interleaved"  # whose halves are gate and up already
     LAYOUT: gl.constexpr = _accumulator(
-        WIDE // 2 if SCALED else WIDE,
+        WIDE // 2 if SUM == "groups" else WIDE,
         128 if gl.int32 == ACCUMULATE else 256,
-        weights.dtype.primitive_bitwidth,
+        rows.dtype.primitive_bitwidth,
         gl.num_warps(),
     )
     stage = 0
@@ -332,10 +443,19 @@ def _consume(
     expert, row0, end, block_n = _tile(first, n_tiles, schedule, N_BLOCKS, GROUP_M)
     for i in range(first, n_tiles * N_BLOCKS, step):
         next_expert, next_row0, next_end, next_block_n = _tile(i + step, n_tiles, schedule, N_BLOCKS, GROUP_M)
-        mine = row0 + CONSUMER * (BLOCK_M // CONSUMERS)
+        mine = row0 + CONSUMER * (BLOCK_M - ROWS)
         if mine < end:
-            n0 = block_n * (WIDE // PARTS)
-            if SCALED:
+            n0 = block_n * (WIDE // PARTS) + CONSUMER * ((WIDE - SHARE) // PARTS)
+            second = n0 if PARTS == 2 else n0 + 1 if PAIRS else n0 + SHARE // 2
+            EVERY: gl.constexpr = 2 if PAIRS else 1
+            if DECODED:
+                WORD_ROWS: gl.constexpr = gl.SliceLayout(1, _words(weights.shape[2], 1))
+                n = EVERY * gl.arange(0, SHARE // 2, WORD_ROWS)[:, None]
+                left, right, stage, phase = _sum_of_words(
+                    rows, weights, ready, empty, stage, phase, k_end, w, expert, n0 + n, second + n,
+                    CONSUMER, GATHER, PARTS, PAIRS, LIMIT, MATH, ELEMENT, LOAD_SCALES is not none, K, BLOCK_K, STAGES,
+                )  # fmt: skip
+            elif SUM == "groups":
                 left, right, stage, phase = _sum_of_groups(
                     rows, weights, ready, empty, stage, phase, k_end, schedule, x, w, expert, mine, end, n0,
                     CONSUMER, CONSUMERS, GATHER, PARTS, LIMIT, LOAD_SCALES, LAYOUT, K, BLOCK_K, STAGES,
@@ -346,26 +466,25 @@ def _consume(
                     CONSUMER, CONSUMERS, GATHER, ACCUMULATE, LAYOUT, BLOCK_K, STAGES,
                 )  # fmt: skip
                 left, right = _halves(acc)
-            second = n0 if PARTS == 2 else n0 + WIDE // 2
-            left = _finished(left, schedule, x, w, e, expert, mine, end, n0, 0, LIMIT, FINISH, EPILOGUE)
-            # One half after the other where they do not meet: fewer registers.
-            if GATE_UP is None:
-                if ACTIVATION is not None:
-                    left = ACTIVATION(left, p)
-                _store(left, schedule, out, mine, end, n0, COLUMNS, STORE, ENCODE, LARGEST, OUT_GROUP)
-            elif GATE_UP == "interleaved":
-                left = _activated_pairs(left, p, ACTIVATION)
-            right = _finished(right, schedule, x, w, e, expert, mine, end, second, PARTS - 1, LIMIT, FINISH, EPILOGUE)
-            if GATE_UP is None:
-                if ACTIVATION is not None:
-                    right = ACTIVATION(right, p)
-                _store(right, schedule, out, mine, end, second, COLUMNS, STORE, ENCODE, LARGEST, OUT_GROUP)
-            else:
-                if GATE_UP == "interleaved":
-                    result = _beside(left, _activated_pairs(right, p, ACTIVATION))
-                else:
-                    result = ACTIVATION(left, right, p)
-                _store(result, schedule, out, mine, end, n0 * PARTS // 2, COLUMNS, STORE, ENCODE, LARGEST, OUT_GROUP)
+            if DECODED:
+                # Half of the rows at a time, each row in a few threads: what follows needs registers for every row.
+                ROW: gl.constexpr = _coalesced(SHARE // 2, 16, gl.num_warps())
+                left, lower_left = _halves(left)
+                right, lower_right = _halves(right)
+                left, right = gl.convert_layout(left.T, ROW), gl.convert_layout(right.T, ROW)
+                _conclude(
+                    left, right, schedule, x, w, out, e, p, expert, mine, end, n0, second, n0 * PARTS // 2,
+                    PARTS, EVERY, LIMIT, COLUMNS, FINISH, EPILOGUE, ACTIVATION, GATE_UP, STORE, ARRANGE, ENCODE,
+                    LARGEST, OUT_GROUP,
+                )  # fmt: skip
+                left, right = gl.convert_layout(lower_left.T, ROW), gl.convert_layout(lower_right.T, ROW)
+                mine += BLOCK_M // 2
+            if not DECODED or mine < end:
+                _conclude(
+                    left, right, schedule, x, w, out, e, p, expert, mine, end, n0, second, n0 * PARTS // 2,
+                    PARTS, EVERY, LIMIT, COLUMNS, FINISH, EPILOGUE, ACTIVATION, GATE_UP, STORE, ARRANGE, ENCODE,
+                    LARGEST, OUT_GROUP,
+                )  # fmt: skip
         else:
             stage, phase = _skip(ready, empty, stage, phase, k_end, BLOCK_K, STAGES)
         expert, row0, end, block_n = next_expert, next_row0, next_end, next_block_n
@@ -379,10 +498,12 @@ def grouped_gemm_sm90(
     schedule, x, w, out, e, p,  # Schedule, Rows, Weight, Output, Epilogue, Parameters
     x_desc, w_desc,  # tensor maps; x_desc None: rows are gathered
     k_end,
-    WAIT: gl.constexpr, RELEASE: gl.constexpr, LOAD_SCALES: gl.constexpr, FINISH: gl.constexpr,
-    EPILOGUE: gl.constexpr, ACTIVATION: gl.constexpr, GATE_UP: gl.constexpr, STORE: gl.constexpr, ENCODE: gl.constexpr,
-    LARGEST: gl.constexpr, OUT_GROUP: gl.constexpr, N: gl.constexpr, K: gl.constexpr, ACCUMULATE: gl.constexpr,
-    SCALED: gl.constexpr,  # scales are applied to the product of a step
+    WAIT: gl.constexpr, RELEASE: gl.constexpr, LOAD_SCALES: gl.constexpr, MATH: gl.constexpr, ELEMENT: gl.constexpr,
+    FINISH: gl.constexpr, EPILOGUE: gl.constexpr, ACTIVATION: gl.constexpr, GATE_UP: gl.constexpr,
+    STORE: gl.constexpr, ARRANGE: gl.constexpr, ENCODE: gl.constexpr, LARGEST: gl.constexpr, OUT_GROUP: gl.constexpr,
+    N: gl.constexpr, K: gl.constexpr, ACCUMULATE: gl.constexpr,
+    SUM: gl.constexpr,  # "running"; "groups": scales are applied to the product of a step; "words": to decoded weights
+    X_LAYOUT: gl.constexpr,  # of rows in shared memory
     BLOCK_K: gl.constexpr, STAGES: gl.constexpr, GROUP_M: gl.constexpr,
     CONSUMERS: gl.constexpr,
 ):  # fmt: skip
@@ -391,13 +512,14 @@ def grouped_gemm_sm90(
     COLUMNS: gl.constexpr = N if GATE_UP is None else N // 2
     BLOCK_N: gl.constexpr = WIDE if GATE_UP is None else WIDE // 2
     N_BLOCKS: gl.constexpr = (COLUMNS + BLOCK_N - 1) // BLOCK_N
-    TYPE: gl.constexpr = w_desc.dtype
     # One buffer of a stage, seen as what is loaded and as what is multiplied.
-    rows = gl.allocate_shared_memory(TYPE, [STAGES * 2, BLOCK_M // 2, BLOCK_K], w_desc.layout)
-    weights = gl.allocate_shared_memory(TYPE, [STAGES * PARTS, WIDE // PARTS, BLOCK_K], w_desc.layout)
-    left = _seen_as(rows, [STAGES * CONSUMERS, BLOCK_M // CONSUMERS, BLOCK_K])
-    HALVES: gl.constexpr = 2 if SCALED else 1
-    right = _seen_as(weights, [STAGES * HALVES, WIDE // HALVES, BLOCK_K])
+    COUNT: gl.constexpr = w_desc.block_type.shape[1]  # items of a step
+    rows = gl.allocate_shared_memory(MATH, [STAGES * 2, BLOCK_M // 2, BLOCK_K], X_LAYOUT)
+    weights = gl.allocate_shared_memory(w_desc.dtype, [STAGES * PARTS, WIDE // PARTS, COUNT], w_desc.layout)
+    SHARERS: gl.constexpr = 1 if SUM == "words" else CONSUMERS  # of rows
+    left = _seen_as(rows, [STAGES * SHARERS, BLOCK_M // SHARERS, BLOCK_K])
+    HALVES: gl.constexpr = 2 if SUM == "groups" else PARTS if SUM == "words" else 1
+    right = _seen_as(weights, [STAGES * HALVES, WIDE // HALVES, COUNT])
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
@@ -408,7 +530,7 @@ def grouped_gemm_sm90(
     RELEASE()
     # Of 504 registers of three threads, one of each group of warps, two consumers take these: two sums of 64 x 128 and
     # a product, or one sum of 64 x 256. The producer has the rest, for addresses where it gathers.
-    REGISTERS: gl.constexpr = 216 if GATHER else 224
+    REGISTERS: gl.constexpr = 216 if GATHER and SUM != "words" else 224
     first = gl.program_id(0)
     step = gl.num_programs(0)
     n_tiles = gl.load(schedule.n_tiles)
@@ -420,17 +542,17 @@ def grouped_gemm_sm90(
             (_produce, (schedule, x, w, x_desc, w_desc, rows, weights, ready, empty, first, n_tiles, step, k_end,
                         PARTS, K, BLOCK_K, STAGES, N_BLOCKS, GROUP_M)),
             (_consume, (schedule, x, w, out, e, p, left, right, ready, empty, first, n_tiles, step, k_end, 0, CONSUMERS,
-                        GATHER, SCALED, ACCUMULATE, LOAD_SCALES, FINISH, EPILOGUE, ACTIVATION, GATE_UP, STORE, ENCODE,
-                        LARGEST, OUT_GROUP, N, K, BLOCK_K, STAGES, N_BLOCKS, GROUP_M)),
+                        GATHER, SUM, ACCUMULATE, LOAD_SCALES, MATH, ELEMENT, FINISH, EPILOGUE, ACTIVATION, GATE_UP,
+                        STORE, ARRANGE, ENCODE, LARGEST, OUT_GROUP, N, K, BLOCK_K, STAGES, N_BLOCKS, GROUP_M)),
             (_consume, (schedule, x, w, out, e, p, left, right, ready, empty, first, n_tiles, step, k_end, 1, CONSUMERS,
-                        GATHER, SCALED, ACCUMULATE, LOAD_SCALES, FINISH, EPILOGUE, ACTIVATION, GATE_UP, STORE, ENCODE,
-                        LARGEST, OUT_GROUP, N, K, BLOCK_K, STAGES, N_BLOCKS, GROUP_M)),
+                        GATHER, SUM, ACCUMULATE, LOAD_SCALES, MATH, ELEMENT, FINISH, EPILOGUE, ACTIVATION, GATE_UP,
+                        STORE, ARRANGE, ENCODE, LARGEST, OUT_GROUP, N, K, BLOCK_K, STAGES, N_BLOCKS, GROUP_M)),
         ], [4, 4], [REGISTERS, REGISTERS])  # fmt: skip
     else:
         gl.warp_specialize([
             (_produce, (schedule, x, w, x_desc, w_desc, rows, weights, ready, empty, first, n_tiles, step, k_end,
                         PARTS, K, BLOCK_K, STAGES, N_BLOCKS, GROUP_M)),
             (_consume, (schedule, x, w, out, e, p, left, right, ready, empty, first, n_tiles, step, k_end, 0, CONSUMERS,
-                        GATHER, SCALED, ACCUMULATE, LOAD_SCALES, FINISH, EPILOGUE, ACTIVATION, GATE_UP, STORE, ENCODE,
-                        LARGEST, OUT_GROUP, N, K, BLOCK_K, STAGES, N_BLOCKS, GROUP_M)),
+                        GATHER, SUM, ACCUMULATE, LOAD_SCALES, MATH, ELEMENT, FINISH, EPILOGUE, ACTIVATION, GATE_UP,
+                        STORE, ARRANGE, ENCODE, LARGEST, OUT_GROUP, N, K, BLOCK_K, STAGES, N_BLOCKS, GROUP_M)),
         ], [8], [REGISTERS])  # fmt: skip

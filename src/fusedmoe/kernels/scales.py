@@ -82,12 +82,24 @@ def of_groups(w, expert, n, n0, inside, k0, PART: tl.constexpr, K: tl.constexpr,
     group = k0 // w.scale.block_k + tl.arange(0, BLOCK_K // w.scale.block_k)
     group = tl.minimum(group, (K - 1) // w.scale.block_k)[None, :]
     there = inside[:, None]
-    row = (n + PART * (w.scale.up + w.scale.phase))[:, None]
-    s = _value(tl.load(_block(w.scale, expert, row, group), mask=there, other=0), w.scale.kind)
+    s = _of_places(w, expert, n[:, None], there, group, PART)
     if w.zero is None:
         return s, 0.0
     else:
         return s, _zero_point(w.zero, expert, n[:, None], there, group, PART)
+
+
+@triton.jit
+def _of_places(w, expert, n, there, group, PART: tl.constexpr):
+    """Scales, each row its own, of columns n [.., 1] in groups [1, ..]."""
+    row = n + PART * (w.scale.up + w.scale.phase)
+    return _value(tl.load(_block(w.scale, expert, row, group), mask=there, other=0), w.scale.kind)
+
+
+@triton.jit
+def of_words(w, expert, n, there, k, PART: tl.constexpr, K: tl.constexpr):
+    """Scales of the words that hold the codes from columns k [1, ..] on, of rows n [.., 1]."""
+    return _of_places(w, expert, n, there, tl.minimum(k, K - 1) // w.scale.block_k, PART)
 
 
 @triton.jit

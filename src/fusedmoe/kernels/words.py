@@ -140,22 +140,50 @@ def _taken_away(zero, MATH: tl.constexpr, PER_ITEM: tl.constexpr):
 
 
 @triton.jit
+def scale_of_words(s, MATH: tl.constexpr, PER_ITEM: tl.constexpr):
+    """A scale as codes are multiplied by it: 4-bit ones in pairs of type MATH, others before they are of it."""
+    if PER_ITEM == 8:
+        return _twice(s, MATH)
+    else:
+        return s
+
+
+@triton.jit
+def numbers(
+    w, minus, scale, MATH: tl.constexpr, ELEMENT: tl.constexpr, PER_ITEM: tl.constexpr, N: tl.constexpr, K: tl.constexpr
+):
+    """The numbers [N, K] of words [N, K / PER_ITEM]; ``minus`` and ``scale`` of each word, None where constant."""
+    if PER_ITEM == 8:
+        if minus is None:
+            if scale is None:
+                return _eight([w], "=h,=h,=h,=h,=h,=h,=h,=h,r", MATH, ELEMENT, N, K)
+            else:
+                return _eight([w, scale], "=h,=h,=h,=h,=h,=h,=h,=h,r,r", MATH, ELEMENT, N, K)
+        elif scale is None:
+            return _eight([w, minus], "=h,=h,=h,=h,=h,=h,=h,=h,r,r", MATH, ELEMENT, N, K)
+        else:
+            return _eight([w, minus, scale], "=h,=h,=h,=h,=h,=h,=h,=h,r,r,r", MATH, ELEMENT, N, K)
+    elif minus is None:
+        if scale is None:
+            return _four([w], "=h,=h,=h,=h,r", MATH, ELEMENT, N, K)
+        else:
+            return _four([w, scale], "=h,=h,=h,=h,r,f", MATH, ELEMENT, N, K)
+    elif scale is None:
+        return _four([w, minus], "=h,=h,=h,=h,r,f", MATH, ELEMENT, N, K)
+    else:
+        return _four([w, minus, scale], "=h,=h,=h,=h,r,f,f", MATH, ELEMENT, N, K)
+
+
+@triton.jit
 def decoded(
     b, s, z, MATH: tl.constexpr, ELEMENT: tl.constexpr, SHIFT: tl.constexpr, PER_ITEM: tl.constexpr,
     GROUP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Without scales, which are applied to products."""
-    w = b.T
+    minus = None
     if SHIFT is None:
         minus = tl.broadcast_to(_taken_away(z, MATH, PER_ITEM)[:, None], (BLOCK_N, BLOCK_K // PER_ITEM))
-        if PER_ITEM == 8:
-            return _eight([w, minus], "=h,=h,=h,=h,=h,=h,=h,=h,r,r", MATH, ELEMENT, BLOCK_N, BLOCK_K)
-        else:
-            return _four([w, minus], "=h,=h,=h,=h,r,f", MATH, ELEMENT, BLOCK_N, BLOCK_K)
-    elif PER_ITEM == 8:
-        return _eight([w], "=h,=h,=h,=h,=h,=h,=h,=h,r", MATH, ELEMENT, BLOCK_N, BLOCK_K)
-    else:
-        return _four([w], "=h,=h,=h,=h,r", MATH, ELEMENT, BLOCK_N, BLOCK_K)
+    return numbers(b.T, minus, None, MATH, ELEMENT, PER_ITEM, BLOCK_N, BLOCK_K)
 
 
 @triton.jit
@@ -164,20 +192,10 @@ def decoded_and_scaled(
     GROUP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """With the scales [BLOCK_N, groups] of groups shorter than a step."""
-    w = b.T
     GROUPS: tl.constexpr = BLOCK_K // GROUP
     WORDS: tl.constexpr = GROUP // PER_ITEM
-    if PER_ITEM == 8:
-        scale = spread(_twice(s, MATH), BLOCK_N, GROUPS, WORDS)
-    else:
-        scale = spread(s, BLOCK_N, GROUPS, WORDS)
+    scale = spread(scale_of_words(s, MATH, PER_ITEM), BLOCK_N, GROUPS, WORDS)
+    minus = None
     if SHIFT is None:
         minus = spread(_taken_away(z, MATH, PER_ITEM), BLOCK_N, GROUPS, WORDS)
-        if PER_ITEM == 8:
-            return _eight([w, minus, scale], "=h,=h,=h,=h,=h,=h,=h,=h,r,r,r", MATH, ELEMENT, BLOCK_N, BLOCK_K)
-        else:
-            return _four([w, minus, scale], "=h,=h,=h,=h,r,f,f", MATH, ELEMENT, BLOCK_N, BLOCK_K)
-    elif PER_ITEM == 8:
-        return _eight([w, scale], "=h,=h,=h,=h,=h,=h,=h,=h,r,r", MATH, ELEMENT, BLOCK_N, BLOCK_K)
-    else:
-        return _four([w, scale], "=h,=h,=h,=h,r,f", MATH, ELEMENT, BLOCK_N, BLOCK_K)
+    return numbers(b.T, minus, scale, MATH, ELEMENT, PER_ITEM, BLOCK_N, BLOCK_K)

@@ -46,13 +46,18 @@ def why_portable(problem: Problem, target: Target) -> str | None:
 
     A tile of 128 rows needs rows. Scales that are applied step by step stall the portable kernel, so that tiles which
     are hardly filled pay too, but where its own are of 64 rows. Weights of 16 bits gain least: from the long sums of
-    wide layers nothing is left to hide. Gate and up side by side change places in their epilogue.
+    wide layers nothing is left to hide. Gate and up side by side change places in their epilogue, but where they are
+    decoded: then on their way in.
     """
     mean = problem.mean_rows
     long = problem.intermediate >= WIDE_INTERMEDIATE
     interleaved = problem.activation.gated and problem.gate_up == "interleaved"
     gemms = problem.gate_up_gemm, problem.down_gemm
-    if any(gemm.grouped for gemm in gemms):
+    if any(gemm.format and bytes_of(multiply_in(gemm, target)) > 1 for gemm in gemms):
+        if problem.batch_invariant:
+            return "it adds decoded weights up otherwise than the kernels of few tokens"
+        slower = mean < BREAKS[2]
+    elif any(gemm.grouped for gemm in gemms):
         slower = mean < BREAKS[0] or BREAKS[1] <= mean < BREAKS[2]
     elif all(bytes_of(multiply_in(gemm, target)) == 1 for gemm in gemms):
         integers = all(multiply_in(gemm, target) == "int8" for gemm in gemms)
@@ -74,13 +79,16 @@ def tokens_before_breaks(problem: Problem) -> list[int]:
 def _specialised(problem: Problem, gemm: Gemm, target: Target, *, gate_up: bool) -> KernelConfig:
     """A warp-specialised tile of 128 x 256. Two groups of consumers where there is other work than one long sum."""
     math = multiply_in(gemm, target)
+    decoded = gemm.format is not None and bytes_of(math) > 1
     copied = bytes_of(math) == 2 and problem.intermediate >= GATHER_INTERMEDIATE
     return KernelConfig(
         block_m=128,
         block_n=256 // gemm.width,
         block_k=128 // bytes_of(math),
-        warps=4 if gemm.grouped or not gate_up and gemm.inner <= 1024 else 8,
-        stages=4,
+        warps=4 if gemm.grouped or decoded or not gate_up and gemm.inner <= 1024 else 8,
+        stages=6 if decoded else 4,
+        swap=decoded,
+        words=decoded,
         group_m=16 if gate_up and copied else 8,
         maps="xw" if copied or not gate_up else "w",
         programs_per_sm=1,

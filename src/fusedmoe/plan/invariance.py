@@ -48,6 +48,7 @@ def arithmetic_of(config: KernelConfig, gemm: Gemm, problem: Problem, target: Ta
     math = multiply_in(gemm, target)
     # dense and product add to one running sum, but float32 and decoded weights: step sums err less there.
     running = bytes_of(math) == 1 and not gemm.grouped or gemm.format is None and math != "float32"
+    running |= config.specialised and config.words
     step = 0 if running else config.block_k
     if math == "int8":  # integers have one sum, in any order
         return Arithmetic(("integer",), step, config.words)

@@ -136,7 +136,7 @@ def why_no_words(config: KernelConfig, gemm: Gemm, target: Target) -> list[str]:
         reasons.append("rows of the expert matrix are no whole words of 32 bits")
     if config.block_k < 32:
         reasons.append(f"block_k={config.block_k} is below 32, the columns of four words")
-    if config.maps != "none":
+    if config.maps != "none" and not config.specialised:
         reasons.append("words are loaded by pointer")
     if gemm.inner % 32:
         reasons.append(f"K = {gemm.inner} is no multiple of 32, the columns that change places")
@@ -156,22 +156,27 @@ def why_not_specialised(config: KernelConfig, gemm: Gemm, target: Target) -> lis
     if gemm.dtype not in ("float16", "bfloat16"):
         reasons.append(f"stores 16-bit results, the layer is {gemm.dtype}")
     math, form = multiply_in(gemm, target), gemm.format
-    if form is not None and (math != form.element or form.zero):
-        reasons.append("decodes no weights: it multiplies codes by codes of the same type")
+    decoded = form is not None and math != form.element
+    if decoded and not config.words:
+        reasons.append("decodes weights by the word alone")
+    if form is not None and form.zero:
+        reasons.append("takes no zero points")
     if gemm.matrix.contiguous != "K":
         reasons.append("rows of the expert matrix must be contiguous (weight_layout='NK')")
     if gemm.inner * bytes_of(math) % 16:
         reasons.append(f"K = {gemm.inner} is no multiple of {16 // bytes_of(math)}, the columns of one copy")
     if config.block_k * bytes_of(math) != 128:
         reasons.append(f"a step has 128 bytes of a row, block_k={config.block_k} has {config.block_k * bytes_of(math)}")
-    if form is not None and form.block[1] and (not gemm.grouped or form.block[1] != config.block_k):
+    if decoded and form is not None and form.block[1] and form.block[0] != 1:
+        reasons.append(f"decodes by scales of single rows, blocks have {form.block[0]}")
+    elif not decoded and form is not None and form.block[1] and (not gemm.grouped or form.block[1] != config.block_k):
         reasons.append(f"scales must be those of block_k={config.block_k} columns, or of whole rows")
     if gemm.grouped and form is not None and form.block[0] % 128:
         reasons.append(f"a sum of 128 columns has one scale, blocks of {form.block[0]} have several")
     if gemm.grouped and math == "int8":
         reasons.append("sums groups of e4m3 alone")
-    if config.block_m != 128 or wide(config, gemm) != 256 or config.warps not in (4, 8):
-        reasons.append("a tile multiplies 128 rows by 256 of weights, with 8 warps together or by 4")
+    if config.block_m != 128 or wide(config, gemm) != 256 or config.warps not in ((4,) if decoded else (4, 8)):
+        reasons.append("a tile multiplies 128 rows by 256 of weights, with 8 warps together or by 4; decoded, by 4")
     if gemm.rank:
         reasons.append("adds no adapters: its registers hold two sums of a tile, not three")
     if not gemm.rows_aligned:
