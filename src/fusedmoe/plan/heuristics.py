@@ -355,11 +355,11 @@ def _decoded(problem: Problem, target: Target, block_m: int, gemm: Gemm, *, gate
         return replace(tile, block_k=32, stages=4 if tile.block_m == 16 else 3)
     short = replace(words, block_k=64)
     if block_m == 16:
-        return replace(words, stages=5)
+        return _streamed(problem, target, gemm, words, gate_up=gate_up)
     if block_m == 32:
         return replace(words, stages=3 if gate_up else 4)
     if block_m == 64:
-        return replace(words, stages=3) if gate_up and not 0 < group < 128 else short
+        return short if 0 < group < 128 else replace(words, stages=3) if gate_up else words
     if gate_up and 0 < group < 128 and (gemm.format.zero or gemm.inputs):
         return replace(short, block_m=64)  # zero points or scales of rows as well: registers for half the rows
     if gate_up:
@@ -369,6 +369,27 @@ def _decoded(problem: Problem, target: Target, block_m: int, gemm: Gemm, *, gate
         tall = words if pairs else short
         return replace(tall, block_n=64 if pairs or gemm.columns % 128 else 128, warps=8, stages=3, group_m=8)
     return replace(short if 0 < group < 128 else words, stages=3, group_m=8)
+
+
+def _streamed(problem: Problem, target: Target, gemm: Gemm, words: KernelConfig, *, gate_up: bool) -> KernelConfig:
+    """The step of decoded weights that few rows meet.
+
+    What waits, decodes and multiplies in turn is hidden by other programs of its multiprocessor while there are many,
+    and by a longer step while there are few. Stages beyond what that takes cost: scales are loaded 4 bytes a row, and
+    the rest of their sectors has to stay in L1, which has what buffers leave (mxfp4, mixtral-8x7b, T = 8 on an H200:
+    396 us, with 3 stages of gate-up for 5 365; int4, dsv3-tp8, T = 32: 299, by steps of 256 for 128 247).
+    """
+    assert gemm.format is not None
+    group = gemm.format.block[1]
+    if not gate_up and gemm.inner <= 512:
+        return replace(words, block_k=64)
+    crowd = _programs(problem, gemm, words.block_n) / target.n_sm
+    if crowd < 1:
+        return replace(words, stages=5)
+    room = not gemm.format.zero and not 0 < group < 32  # registers for the scales and zero points of a longer step
+    if room and (crowd <= 6 or gemm.inner >= 4096 and not gate_up or group >= 128 and gate_up):
+        return replace(words, block_k=256, stages=3 if gate_up else 4)
+    return replace(words, stages=3 if gate_up and gemm.format.per_byte == 2 else 4)
 
 
 def _few(problem: Problem, target: Target, gemm: Gemm) -> KernelConfig:
