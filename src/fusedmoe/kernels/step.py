@@ -18,11 +18,12 @@ def dense(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add a b, both as they are."""
+    left, right = (b.T, a.T) if SWAP else (a, b)
     if a.dtype == tl.float32:
         # A sum of step sums errs by far less than one running sum over K. Any max_num_imprecise_acc but 0 (of no
         # other effect on float32) keeps the compiler from folding the addition into the dot again.
-        return acc + tl.dot(a, b, input_precision=PRECISION, max_num_imprecise_acc=1)
-    return tl.dot(a, b, acc, input_precision=PRECISION)
+        return acc + tl.dot(left, right, input_precision=PRECISION, max_num_imprecise_acc=1)
+    return tl.dot(left, right, acc, input_precision=PRECISION)
 
 
 @triton.jit

@@ -102,12 +102,15 @@ def _tiles(
     for count in range(len(BORROWED) + 1):
         for names in itertools.combinations(BORROWED, count):
             tile = replace(own, block_m=block_m, **{name: getattr(other, name) for name in names})
-            if tile.words:  # which are loaded by pointer
+            if tile.words and not tile.specialised:  # which are loaded by pointer
                 tile = replace(tile, maps="none", programs_per_sm=0, flatten=False)
             if tile != own and block_m * wide(tile, gemm) > SUMS * 32 * tile.warps:
                 tile = replace(tile, warps=8)
-            if arithmetic_of(tile, gemm, problem, target) != wanted:
-                continue
-            deep = min(8, tile.stages * max(1, own.block_k // tile.block_k))  # as many bytes on their way as it had
-            fits = (replace(tile, stages=stages) for stages in range(deep, 0, -1))
-            yield from itertools.islice((one for one in fits if not why_not(one, gemm, target)), 1)
+            # Rows that are too few for an instruction of a warp group are its other side.
+            turned = replace(tile, swap=True, block_n=max(64, tile.block_n))
+            for one in (tile, turned) if gemm.format is None and block_m < 64 else (tile,):
+                if arithmetic_of(one, gemm, problem, target) != wanted:
+                    continue
+                deep = min(8, one.stages * max(1, own.block_k // one.block_k))  # as many bytes on their way as it had
+                fits = (replace(one, stages=stages) for stages in range(deep, 0, -1))
+                yield from itertools.islice((fit for fit in fits if not why_not(fit, gemm, target)), 1)
