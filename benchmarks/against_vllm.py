@@ -26,6 +26,7 @@ from fusedmoe.cli.environment import name_of
 from fusedmoe.expert_matrix import ExpertMatrix
 from fusedmoe.integrations.vllm import experts_class, kind_of
 from fusedmoe.spec.activation import Activation
+from fusedmoe.spec.format import Format
 from fusedmoe.testing.verify import relative_error, verify
 
 #: Schemes of this library that vLLM's Triton experts have, and what vLLM calls the weights of those that it has no type
@@ -34,6 +35,13 @@ SCHEMES = {
     "none": None, "fp8_block": None, "fp8_channel": None, "fp8_tensor": None, "int8_w8a8": None, "int8_w8a16": None,
     "int4_w4a16": "int4",
 }  # fmt: skip
+
+
+def _groups(form: Format) -> list[int] | None:
+    """What vLLM calls the shape of a block: its weight-only kernel wants [0, columns of a group]."""
+    if form.inputs is None:
+        return [0, form.block[1]] if form.block[1] else None
+    return list(form.block) if form.block[0] > 1 and form.inputs.mode == "group" else None
 
 
 def configured(layer: Layer, tokens: int) -> tuple[Any, Any]:
@@ -67,7 +75,7 @@ def configured(layer: Layer, tokens: int) -> tuple[Any, Any]:
     quant = theirs.FusedMoEQuantConfig.make(
         rows,
         weight_dtype=SCHEMES[form.scheme] or w13.data.dtype,
-        block_shape=list(form.block) if form.block[0] > 1 and form.inputs and form.inputs.mode == "group" else None,
+        block_shape=_groups(form),
         per_act_token_quant=form.inputs is not None and form.inputs.mode == "token",
         w1_scale=flat(w13.scale),
         w2_scale=flat(w2.scale),
@@ -114,7 +122,13 @@ def measured(layer: Layer, tokens: int, *, eager: bool) -> dict[str, object]:
             expert_map=None,
             apply_router_weight_on_input=False,
         )
-        results[name] = call().clone()  # it lies in vLLM's workspace
+        try:
+            results[name] = call().clone()  # it lies in vLLM's workspace
+        except AssertionError:
+            if name == "fusedmoe":
+                raise
+            row["vllm_refuses"] = True  # 0.22.1: rows of int8, and weight-only matrices whose rows are one group
+            continue
         verdict = verify(results[name], arguments, layer.options)
         row |= {f"{name}_error": verdict.error, "tolerance": verdict.tolerance, f"{name}_ok": verdict.ok}
         row[f"{name}_us"] = time_us(call, x.device)
