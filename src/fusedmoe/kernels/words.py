@@ -103,7 +103,8 @@ def _twice(x, MATH: tl.constexpr):
 
 
 @triton.jit
-def _eight(operands, PLACES: tl.constexpr, MATH: tl.constexpr, ASM: tl.constexpr, N: tl.constexpr, K: tl.constexpr):
+def _eight(operands, MATH: tl.constexpr, ASM: tl.constexpr, N: tl.constexpr, K: tl.constexpr):
+    PLACES: tl.constexpr = "=h,=h,=h,=h,=h,=h,=h,=h,r" + ",r" * (len(operands) - 1)
     if tl.bfloat16 == MATH:
         v = tl.inline_asm_elementwise(ASM, PLACES, operands, dtype=(tl.bfloat16,) * 8, is_pure=True, pack=1)
     else:
@@ -117,7 +118,8 @@ def _eight(operands, PLACES: tl.constexpr, MATH: tl.constexpr, ASM: tl.constexpr
 
 
 @triton.jit
-def _four(operands, PLACES: tl.constexpr, MATH: tl.constexpr, ASM: tl.constexpr, N: tl.constexpr, K: tl.constexpr):
+def _four(operands, MATH: tl.constexpr, ASM: tl.constexpr, N: tl.constexpr, K: tl.constexpr):
+    PLACES: tl.constexpr = "=h,=h,=h,=h,r" + ",f" * (len(operands) - 1)
     if tl.bfloat16 == MATH:
         v = tl.inline_asm_elementwise(ASM, PLACES, operands, dtype=(tl.bfloat16,) * 4, is_pure=True, pack=1)
     else:
@@ -153,25 +155,14 @@ def numbers(
     w, minus, scale, MATH: tl.constexpr, ELEMENT: tl.constexpr, PER_ITEM: tl.constexpr, N: tl.constexpr, K: tl.constexpr
 ):
     """The numbers [N, K] of words [N, K / PER_ITEM]; ``minus`` and ``scale`` of each word, None where constant."""
-    if PER_ITEM == 8:
-        if minus is None:
-            if scale is None:
-                return _eight([w], "=h,=h,=h,=h,=h,=h,=h,=h,r", MATH, ELEMENT, N, K)
-            else:
-                return _eight([w, scale], "=h,=h,=h,=h,=h,=h,=h,=h,r,r", MATH, ELEMENT, N, K)
-        elif scale is None:
-            return _eight([w, minus], "=h,=h,=h,=h,=h,=h,=h,=h,r,r", MATH, ELEMENT, N, K)
-        else:
-            return _eight([w, minus, scale], "=h,=h,=h,=h,=h,=h,=h,=h,r,r,r", MATH, ELEMENT, N, K)
-    elif minus is None:
-        if scale is None:
-            return _four([w], "=h,=h,=h,=h,r", MATH, ELEMENT, N, K)
-        else:
-            return _four([w, scale], "=h,=h,=h,=h,r,f", MATH, ELEMENT, N, K)
-    elif scale is None:
-        return _four([w, minus], "=h,=h,=h,=h,r,f", MATH, ELEMENT, N, K)
+    if scale is None:
+        operands = [w] if minus is None else [w, minus]
     else:
-        return _four([w, minus, scale], "=h,=h,=h,=h,r,f,f", MATH, ELEMENT, N, K)
+        operands = [w, scale] if minus is None else [w, minus, scale]
+    if PER_ITEM == 8:
+        return _eight(operands, MATH, ELEMENT, N, K)
+    else:
+        return _four(operands, MATH, ELEMENT, N, K)
 
 
 @triton.jit

@@ -35,6 +35,11 @@ def multiply_in(gemm: Gemm, target: Target) -> str:
     return "float16" if target.vendor == "nvidia" and target.capability < 80 else "bfloat16"
 
 
+def decodes(gemm: Gemm, target: Target) -> bool:
+    """Weights become numbers of a wider type on their way to the products."""
+    return gemm.format is not None and bytes_of(multiply_in(gemm, target)) > 1
+
+
 def bytes_of(math: str) -> int:
     """Bytes of an operand of this type."""
     return ITEMSIZE[math] if math in ITEMSIZE else ELEMENTS[math].per_byte

@@ -10,7 +10,7 @@ import math
 from dataclasses import replace
 from typing import Literal
 
-from fusedmoe.plan.arithmetic import bytes_of, multiply_in
+from fusedmoe.plan.arithmetic import bytes_of, decodes, multiply_in
 from fusedmoe.plan.config import FEW, KernelConfig, ShrinkPlan, TritonPlan
 from fusedmoe.plan.validity import step_bytes, why_no_maps, why_no_words, why_not, wide
 from fusedmoe.spec.layout import Matrix
@@ -53,7 +53,7 @@ def why_portable(problem: Problem, target: Target) -> str | None:
     long = problem.intermediate >= WIDE_INTERMEDIATE
     interleaved = problem.activation.gated and problem.gate_up == "interleaved"
     gemms = problem.gate_up_gemm, problem.down_gemm
-    if any(gemm.format and bytes_of(multiply_in(gemm, target)) > 1 for gemm in gemms):
+    if any(decodes(gemm, target) for gemm in gemms):
         if problem.batch_invariant:
             return "it adds decoded weights up otherwise than the kernels of few tokens"
         slower = mean < BREAKS[2]
@@ -79,7 +79,7 @@ def tokens_before_breaks(problem: Problem) -> list[int]:
 def _specialised(problem: Problem, gemm: Gemm, target: Target, *, gate_up: bool) -> KernelConfig:
     """A warp-specialised tile of 128 x 256. Two groups of consumers where there is other work than one long sum."""
     math = multiply_in(gemm, target)
-    decoded = gemm.format is not None and bytes_of(math) > 1
+    decoded = decodes(gemm, target)
     copied = bytes_of(math) == 2 and problem.intermediate >= GATHER_INTERMEDIATE
     return KernelConfig(
         block_m=128,
@@ -105,7 +105,7 @@ def _without_schedule(problem: Problem, target: Target) -> bool:
     gemms = problem.gate_up_gemm, problem.down_gemm
     if all(gemm.format is None for gemm in gemms):
         limit = FEW if problem.experts <= 16 else FEW // 2
-    elif any(gemm.format and bytes_of(multiply_in(gemm, target)) > 1 for gemm in gemms):
+    elif any(decodes(gemm, target) for gemm in gemms):
         limit = FEW // 16
     else:
         limit = FEW // 8
@@ -123,8 +123,8 @@ def triton_plan(problem: Problem, target: Target) -> TritonPlan:
         block_m = min(block_m, 64)
     # Sums of groups, and decoded weights, take registers: half the height, until an expert has many tiles.
     grouped = any(g.grouped for g in gemms)
-    decodes = any(g.format and bytes_of(multiply_in(g, target)) > 1 for g in gemms)
-    if mean < TALL_ROWS and (decodes or grouped and problem.intermediate < GATHER_INTERMEDIATE):
+    decoded = any(decodes(g, target) for g in gemms)
+    if mean < TALL_ROWS and (decoded or grouped and problem.intermediate < GATHER_INTERMEDIATE):
         block_m = min(block_m, 64)
     if target.interpret:
         block_m = min(block_m, 32)
@@ -171,7 +171,7 @@ def adapted(config: KernelConfig, problem: Problem, gemm: Gemm, target: Target) 
     config = replace(config, programs_per_sm=0, flatten=False)
     halves = 2 if gemm.width == 2 and problem.gate_up == "concatenated" else 1  # added one after the other
     # WGMMA has both operands in shared memory, but for weights that are decoded in registers.
-    decoded = gemm.format is not None and bytes_of(multiply_in(gemm, target)) > 1
+    decoded = decodes(gemm, target)
     whole = gemm.rank % 16 == 0  # else loads are masked
     hopper = target.vendor == "nvidia" and target.capability == 90
     registers = 112 if not hopper else 128 if decoded else 192 if whole else 160
@@ -293,7 +293,7 @@ def _quantised(problem: Problem, target: Target, block_m: int, gemm: Gemm, *, fe
         return KernelConfig(block_m=min(32, block_m), block_n=64 // half, block_k=32, warps=4, stages=1, group_m=4)
     if math == "float32":
         return KernelConfig(block_m=min(32, block_m), block_n=64 // half, block_k=32, warps=4, stages=3, group_m=4)
-    if bytes_of(math) > 1:
+    if decodes(gemm, target):
         return _decoded(problem, target, block_m, gemm, gate_up=gate_up)
     grouped = gemm.grouped
     block_k = min(128, max(32, _next_power_of_2(gemm.format.block[1]))) if grouped else 128
@@ -432,7 +432,7 @@ def _lonely(problem: Problem, target: Target, gemm: Gemm, tile: KernelConfig) ->
     64 rows of weights: 65.9 to 60.4 by steps of twice the length.
     """
     very = 2 * _programs(problem, gemm, tile.block_n) <= target.n_sm
-    if gemm.format is not None and bytes_of(multiply_in(gemm, target)) > 1:
+    if gemm.format is not None and decodes(gemm, target):
         many = 0 < gemm.format.block[1] < 32  # scales; with them, or zero points, a longer step spills
         longer = very and tile.words and not gemm.format.zero and not many
         return replace(tile, block_k=2 * tile.block_k, stages=4) if longer else tile

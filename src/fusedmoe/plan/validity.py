@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fusedmoe.plan.arithmetic import bytes_of, multiply_in
+from fusedmoe.plan.arithmetic import bytes_of, decodes, multiply_in
 from fusedmoe.plan.config import FEW, KernelConfig, TritonPlan
 from fusedmoe.spec.problem import Gemm, Problem
 from fusedmoe.target import Target
@@ -156,7 +156,7 @@ def why_not_specialised(config: KernelConfig, gemm: Gemm, target: Target) -> lis
     if gemm.dtype not in ("float16", "bfloat16"):
         reasons.append(f"stores 16-bit results, the layer is {gemm.dtype}")
     math, form = multiply_in(gemm, target), gemm.format
-    decoded = form is not None and math != form.element
+    decoded = decodes(gemm, target)
     if decoded and not config.words:
         reasons.append("decodes weights by the word alone")
     if form is not None and form.zero:
