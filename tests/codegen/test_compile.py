@@ -383,13 +383,15 @@ def test_a_batch_invariant_layer_multiplies_alike_for_every_number_of_tokens(for
     """One kind of product, of the same number of columns, in every tile; and none of the tiles it borrows spills."""
     kinds: set[tuple[frozenset[str], ...]] = set()
     chosen = "auto" if target_of(torch.device("cpu")).gluon else "triton"
-    for tokens, intermediate in ((1, 768), (32, 768), (512, 768), (512, 384), (4096, 768), (32768, 768)):
+    for tokens, intermediate in ((1, 768), (1, 256), (32, 768), (512, 768), (512, 384), (4096, 768), (32768, 768)):
         shape = (tokens, 8, 128, 2048, intermediate)
-        _, _, compiled = compile_layer(
+        problem, _, compiled = compile_layer(
             "sm_90", shape, torch.bfloat16, monkeypatch, form=form, chosen=chosen, batch_invariant=True
         )
         gemms = [kernel for kernel in compiled if kernel.name.startswith("grouped_gemm")]
         assert [kernel.name for kernel in compiled if kernel.stack_bytes] == []
         kinds.add(tuple(frozenset(re.findall(r"\b([HQI]G?MMA)\.\d+x\d+x(\d+)", kernel.sass())) for kernel in gemms))
+    if form is not None and multiply_in(problem.gate_up_gemm, TARGETS["sm_90"]) == "int8":
+        return  # integers have one sum, whatever adds them up
     assert len(kinds) == 1
     assert all(len(kind) == 1 for kind in next(iter(kinds)))

@@ -139,6 +139,21 @@ def test_tensor_maps_and_persistent_grids(form, layout, sizes):
     assert relative_error(out, reference.fused_experts(*arguments, **options)) < TOLERANCE["float16"]
 
 
+@pytest.mark.parametrize("few", [True, False])
+@pytest.mark.parametrize("layout", ["NK", "KN"])
+@pytest.mark.parametrize("swap", [True, False])
+def test_pairs_of_rows_that_lie_apart(few, layout, swap):
+    stored = {"gate_up_layout": "concatenated", "weight_layout": layout}
+    case = Case.of((7, 2, 3, 72, 40), dtype="float16", ids="invalid", bias=True, **stored)
+    arguments, options = case.draw()
+    call = check(*arguments, **options)
+    plan = choose(call.problem, target_of(torch.device("cpu")), "triton")
+    config = KernelConfig(block_m=16, block_n=16, block_k=32, pairs=True, swap=swap)
+    how = dataclasses.replace(plan.triton, few=few, gate_up=config, down=dataclasses.replace(config, pairs=False))
+    out = experts.run(call, dataclasses.replace(plan, triton=how))
+    assert relative_error(out, reference.fused_experts(*arguments, **options)) < TOLERANCE["float16"]
+
+
 def _drop_last_k_block(x):
     x = x.clone()
     x[..., -32:] = 0

@@ -140,7 +140,7 @@ def both(form, **options) -> Problem:
         (both(format_of("int4_w4a16"), tokens=8192), "gluon_sm90"),  # 1.83 and 1.40 ms
         (both(format_of("mxfp4"), tokens=512), "triton"),  # 293 and 351 us
         (both(format_of("mxfp4"), tokens=2048, hidden=2880, intermediate=2880, gate_up="interleaved"), "gluon_sm90"),
-        (both(format_of("int4_w4a16"), tokens=8192, batch_invariant=True), "triton"),
+        (both(format_of("int4_w4a16"), tokens=8192, batch_invariant=True), "gluon_sm90"),
         (problem(tokens=8192, dtype="float32"), "triton"),
     ],
     ids=str,

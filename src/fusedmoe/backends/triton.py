@@ -81,7 +81,7 @@ def workspace_layout(problem: Problem, plan: Plan) -> Layout:
     if not (problem.alone or problem.sparse):
         layout["rows"] = ((slots, _row_stride(problem.hidden)), dtype)
     if (how.requantise != "epilogue" or how.shrink is not None) and not problem.alone:
-        layout["hidden"] = ((slots, _row_stride(problem.intermediate)), dtype)
+        layout["hidden"] = ((slots, _row_stride(problem.intermediate)), torch.float32 if how.unrounded else dtype)
     tokens_type = dtype
     if how.gate_up.words:
         layout["x_codes"] = ((problem.tokens, _row_stride(problem.hidden)), dtype)
@@ -389,9 +389,11 @@ def _launch(call: Call, product: Product, options: dict[str, Any], schedule: Rou
 def _launch_portable(call: Call, product: Product, options: dict[str, Any], schedule: Routed, programs: int) -> None:
     config, x = product.config, product.x
     _, n, k = product.w.shape
-    wide = config.block_n * (2 if product.gate_up == "interleaved" else 1)
+    form = "pairs" if config.pairs and product.gate_up == "concatenated" else product.gate_up
+    wide = config.block_n * (2 if form in ("interleaved", "pairs") else 1)
     matrix = operand(product.w, product.multiply, product.up, wide, config)
-    w_desc, load_w, weight = None, load.weight_by_pointer, matrix.weight
+    w_desc, weight = None, matrix.weight
+    load_w = load.weight_pairs_by_pointer if form == "pairs" else load.weight_by_pointer
     if config.maps != "none":
         w_desc, per_expert, load_w = weight_map(matrix.data, config, wide, matrix.policies["PER_ITEM"])
         weight = weight._replace(rows_per_expert=per_expert)
@@ -422,7 +424,7 @@ def _launch_portable(call: Call, product: Product, options: dict[str, Any], sche
         LOAD_W=load_w,
         EPILOGUE=product.epilogue,
         ACTIVATION=product.activation,
-        GATE_UP=product.gate_up,
+        GATE_UP=form,
         N=n,
         K=k,
         SWAP=config.swap,

@@ -76,7 +76,8 @@ def operand(w: torch.Tensor | ExpertMatrix, multiply: str, up: int, wide: int, c
     """Choose what understands the storage of an expert matrix.
 
     Scales of whole rows wait for the sum. Scales of groups of K are applied to the product of a step that lies within
-    a group; where a row's groups are shorter than a step, to the weights as they are decoded.
+    a group; those of single rows, where groups are shorter than a step or the configuration says so, to the weights as
+    they are decoded.
     """
     k = w.shape[2]
     policies: dict[str, Any] = {
@@ -94,7 +95,8 @@ def operand(w: torch.Tensor | ExpertMatrix, multiply: str, up: int, wide: int, c
     form = w.format
     block_n, block_k = form.block
     of_rows_too = form.inputs is not None and form.inputs.mode == "group"
-    in_weights = block_k != 0 and not of_rows_too and block_n == 1 and (config.block_k > block_k or config.specialised)
+    of_single_rows = block_k != 0 and block_n == 1 and not of_rows_too
+    in_weights = of_single_rows and (config.block_k > block_k or config.scale_weights)
     in_step = block_k != 0 and not in_weights
     scale = _bytes(w.scale) if form.scale in ("e8m0", "e4m3") else w.scale
     phase = up if w.parts == 1 and block_n else 0
@@ -120,7 +122,7 @@ def operand(w: torch.Tensor | ExpertMatrix, multiply: str, up: int, wide: int, c
         tensor_scale_stride=None if w.tensor_scale is None else w.tensor_scale.stride(0),
     )
     policies |= {
-        "STEP": step.scaled_product if in_step else step.product,
+        "STEP": step.scaled_product if in_step else step.product_of_words if config.words else step.product,
         "FINISH": scales.finish,
         "ACCUMULATE": tl.int32 if multiply == "int8" and not in_step else tl.float32,
         "SHIFT": float(ELEMENTS[form.element].zero),

@@ -9,7 +9,7 @@ are not live are neither read from memory by pointer nor stored.
 
 Gate and up: ``GATE_UP`` None: one accumulator and an activation of one argument (or none);
 "concatenated": two accumulators, the up rows lie ``w.up`` rows further;
-"interleaved": one accumulator of twice the width, split in registers.
+"interleaved": one accumulator of twice the width, split in registers; "pairs": the same, of rows that lie apart.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fusedmoe.kernels.load import in_pairs
 from fusedmoe.kernels.scales import of_rows, row_of
 from fusedmoe.kernels.store import keep, write
 
@@ -46,8 +47,9 @@ def grouped_gemm(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr, FEW: tl.constexpr, FLATTEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    # BLOCK_N counts output columns; the interleaved form loads both rows of a column.
-    WIDE: tl.constexpr = 2 * BLOCK_N if GATE_UP == "interleaved" else BLOCK_N
+    # BLOCK_N counts output columns; where they alternate, both rows of a column are loaded.
+    ALTERNATE: tl.constexpr = GATE_UP == "interleaved" or GATE_UP == "pairs"
+    WIDE: tl.constexpr = 2 * BLOCK_N if ALTERNATE else BLOCK_N
     COLUMNS: tl.constexpr = N if GATE_UP is None else N // 2
     PART_COLUMNS: tl.constexpr = COLUMNS if GATE_UP == "concatenated" else N
     RAGGED: tl.constexpr = COLUMNS % BLOCK_N != 0
@@ -96,6 +98,8 @@ def grouped_gemm(
         if SWAP:
             acc = tl.trans(acc)
         acc = FINISH(acc, x, w, scale_row, live, expert, n, n0, inside, 0)
+        if GATE_UP == "pairs":
+            n = in_pairs(n, w)
         acc = EPILOGUE(acc, e, expert, slot, live, n, inside)
         if GATE_UP == "concatenated":
             if SWAP:
@@ -103,7 +107,7 @@ def grouped_gemm(
             acc_up = FINISH(acc_up, x, w, scale_row, live, expert, n, n0, inside, 1)
             acc_up = EPILOGUE(acc_up, e, expert, slot, live, w.up + n, inside)
             result = ACTIVATION(acc, acc_up, p)
-        elif GATE_UP == "interleaved":
+        elif ALTERNATE:
             gate, up = tl.split(tl.reshape(acc, (BLOCK_M, BLOCK_N, 2)))
             result = ACTIVATION(gate, up, p)
         elif ACTIVATION is not None:

@@ -52,6 +52,26 @@ def weight_by_pointer(
 
 
 @triton.jit
+def weight_pairs_by_pointer(
+    w, desc, expert, n0, k0, limit, N: tl.constexpr, MASKED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    PER_ITEM: tl.constexpr, RAGGED: tl.constexpr,
+):  # fmt: skip
+    """Rows of gate and up in turns, which lie apart."""
+    n = n0 + tl.arange(0, BLOCK_N)
+    k = k0 + tl.arange(0, BLOCK_K)
+    base = w.ptr + expert.to(tl.int64) * w.stride_e * w.unit
+    row = in_pairs(n, w)
+    address = base + row.to(tl.int64)[None, :] * w.stride_n * w.unit + k.to(tl.int64)[:, None] * w.stride_k
+    return tl.load(address, mask=(k < limit)[:, None] & (n < N)[None, :], other=0.0)
+
+
+@triton.jit
+def in_pairs(n, w):
+    """The row of the n-th of gate and up in turns."""
+    return n // 2 + n % 2 * w.up
+
+
+@triton.jit
 def weight_by_map_nk(
     w, desc, expert, n0, k0, limit, N: tl.constexpr, MASKED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     PER_ITEM: tl.constexpr, RAGGED: tl.constexpr,

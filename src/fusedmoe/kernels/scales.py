@@ -78,8 +78,13 @@ def of_step(w, expert, n, n0, inside, k0, PART: tl.constexpr, K: tl.constexpr, B
 
 @triton.jit
 def of_groups(w, expert, n, n0, inside, k0, PART: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr):
-    """[BLOCK_N, groups of the step], when rows have scales of their own for groups shorter than it."""
-    group = k0 // w.scale.block_k + tl.arange(0, BLOCK_K // w.scale.block_k)
+    """[BLOCK_N, groups of the step], when rows have scales of their own.
+
+    A step within one group has it twice: Triton would move the scale of each word of a single column through shared
+    memory.
+    """
+    UNIT: tl.constexpr = min(w.scale.block_k, BLOCK_K // 2)
+    group = (k0 + UNIT * tl.arange(0, BLOCK_K // UNIT)) // w.scale.block_k
     group = tl.minimum(group, (K - 1) // w.scale.block_k)[None, :]
     there = inside[:, None]
     s = _of_places(w, expert, n[:, None], there, group, PART)

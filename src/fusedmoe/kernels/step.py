@@ -46,9 +46,23 @@ def product(
     left, right = _sides(a, weights, SWAP)
     if tl.int8 == MATH or MATH.is_fp8():
         return tl.dot(left, right, acc, out_dtype=acc.dtype)
-    # A sum of step sums, as in dense; and ptxas serialises WGMMA that adds to a running sum with a left operand in
-    # registers.
+    # A sum of step sums, as in dense.
     return acc + tl.dot(left, right, input_precision=PRECISION, max_num_imprecise_acc=1)
+
+
+@triton.jit
+def product_of_words(
+    acc, a, b, s, z, r, x, w, DECODE: tl.constexpr, MATH: tl.constexpr, ELEMENT: tl.constexpr,
+    SHIFT: tl.constexpr, PER_ITEM: tl.constexpr, SWAP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """As product, to one running sum over all of K, as the kernel of Hopper adds words up: the bits are the same."""
+    weights = DECODE(b, s, z, MATH, ELEMENT, SHIFT, PER_ITEM, w.scale.block_k, BLOCK_N, BLOCK_K)
+    left, right = _sides(a, weights, SWAP)
+    acc = tl.dot(left, right, acc, input_precision=PRECISION)
+    # No instruction, but a use of the sum in the same step: else Triton keeps WGMMA in flight into the next one, and
+    # ptxas serialises it, as the next operand is decoded into the registers that it reads.
+    return tl.inline_asm_elementwise("", "=f,0", [acc], dtype=tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit

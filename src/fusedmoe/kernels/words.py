@@ -170,7 +170,7 @@ def decoded(
     b, s, z, MATH: tl.constexpr, ELEMENT: tl.constexpr, SHIFT: tl.constexpr, PER_ITEM: tl.constexpr,
     GROUP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Without scales, which are applied to products."""
+    """Without scales, which wait for a product or the sum."""
     minus = None
     if SHIFT is None:
         minus = tl.broadcast_to(_taken_away(z, MATH, PER_ITEM)[:, None], (BLOCK_N, BLOCK_K // PER_ITEM))
@@ -182,11 +182,10 @@ def decoded_and_scaled(
     b, s, z, MATH: tl.constexpr, ELEMENT: tl.constexpr, SHIFT: tl.constexpr, PER_ITEM: tl.constexpr,
     GROUP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """With the scales [BLOCK_N, groups] of groups shorter than a step."""
-    GROUPS: tl.constexpr = BLOCK_K // GROUP
-    WORDS: tl.constexpr = GROUP // PER_ITEM
-    scale = spread(scale_of_words(s, MATH, PER_ITEM), BLOCK_N, GROUPS, WORDS)
+    """With the scales [BLOCK_N, GROUPS], each of as many columns of the step."""
+    GROUPS: tl.constexpr = s.shape[1]
+    scale = spread(scale_of_words(s, MATH, PER_ITEM), BLOCK_N, GROUPS, BLOCK_K // PER_ITEM // GROUPS)
     minus = None
     if SHIFT is None:
-        minus = spread(_taken_away(z, MATH, PER_ITEM), BLOCK_N, GROUPS, WORDS)
+        minus = spread(_taken_away(z, MATH, PER_ITEM), BLOCK_N, GROUPS, BLOCK_K // PER_ITEM // GROUPS)
     return numbers(b.T, minus, scale, MATH, ELEMENT, PER_ITEM, BLOCK_N, BLOCK_K)

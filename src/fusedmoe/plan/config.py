@@ -21,7 +21,10 @@ class KernelConfig:
         programs_per_sm: 0 for one program per tile, else a persistent grid of n_sm times this many.
         flatten: one software pipeline over the tiles of a persistent program.
         swap: weights are the left operand of a product, rows the right one.
+        pairs: gate and up rows alternate in a tile wherever they lie, so that it multiplies them as one operand.
         words: weights are decoded by the word of 32 bits (NVIDIA, 4-bit codes and integers).
+        scale_weights: scales of groups of K are applied to words as they are decoded even where a step lies in one
+            group, and its product could be scaled instead. So the products add up in one sum.
         specialised: the warp-specialised kernel of Hopper; ``warps`` are those of one group of consumers, of which
             there are 8 in all.
     """
@@ -36,7 +39,9 @@ class KernelConfig:
     programs_per_sm: int = 0
     flatten: bool = False
     swap: bool = False
+    pairs: bool = False
     words: bool = False
+    scale_weights: bool = False
     specialised: bool = False
 
 
@@ -68,6 +73,7 @@ class TritonPlan:
         combine_block: output columns of a program of the last step.
         multiply: types in which the two GEMMs multiply.
         requantise: where the intermediate becomes codes: in gate-up's epilogue, in a kernel of its own, or nowhere.
+        unrounded: the intermediate is float32 before a kernel of its own makes codes of it, as it is in an epilogue.
         shrink: where there are adapters.
     """
 
@@ -79,6 +85,7 @@ class TritonPlan:
     combine_block: int
     multiply: tuple[str, str]
     requantise: Literal["none", "epilogue", "kernel"] = "none"
+    unrounded: bool = False
     shrink: ShrinkPlan | None = None
 
 

@@ -54,8 +54,6 @@ def why_portable(problem: Problem, target: Target) -> str | None:
     interleaved = problem.activation.gated and problem.gate_up == "interleaved"
     gemms = problem.gate_up_gemm, problem.down_gemm
     if any(decodes(gemm, target) for gemm in gemms):
-        if problem.batch_invariant:
-            return "it adds decoded weights up otherwise than the kernels of few tokens"
         slower = mean < BREAKS[2]
     elif any(gemm.grouped for gemm in gemms):
         slower = mean < BREAKS[0] or BREAKS[1] <= mean < BREAKS[2]
@@ -89,6 +87,7 @@ def _specialised(problem: Problem, gemm: Gemm, target: Target, *, gate_up: bool)
         stages=6 if decoded else 4,
         swap=decoded,
         words=decoded,
+        scale_weights=decoded,
         group_m=16 if gate_up and copied else 8,
         maps="xw" if copied or not gate_up else "w",
         programs_per_sm=1,

@@ -24,7 +24,7 @@ HEIGHTS = (16, 32, 64, 128)
 #: Sums of a thread from which on a tile that has grown is shared by 8 warps: twice as many, and scales, spill.
 SUMS = 64
 #: What a tile may take from another one to add up alike.
-BORROWED = ("block_k", "block_n", "warps", "swap", "words")
+BORROWED = ("block_k", "block_n", "warps", "swap", "words", "scale_weights")
 
 
 class Arithmetic(NamedTuple):
@@ -46,9 +46,11 @@ class Arithmetic(NamedTuple):
 def arithmetic_of(config: KernelConfig, gemm: Gemm, problem: Problem, target: Target) -> Arithmetic:
     """The arithmetic of a launch; the kernels' side of it is ``kernels/step.py``."""
     math = multiply_in(gemm, target)
-    # dense and product add to one running sum, but float32 and decoded weights: step sums err less there.
+    # dense and product add to one running sum, but float32 and weights decoded code by code: step sums err less there.
     running = bytes_of(math) == 1 and not gemm.grouped or gemm.format is None and math != "float32"
-    running |= config.specialised and config.words
+    if gemm.format is not None and config.words:
+        group = gemm.format.block[1]
+        running = config.block_k > group or config.scale_weights  # or scales come between the products of two steps
     step = 0 if running else config.block_k
     if math == "int8":  # integers have one sum, in any order
         return Arithmetic(("integer",), step, config.words)
@@ -56,8 +58,8 @@ def arithmetic_of(config: KernelConfig, gemm: Gemm, problem: Problem, target: Ta
 
 
 def _unit(config: KernelConfig, gemm: Gemm, problem: Problem, target: Target) -> tuple[str | int, ...]:
-    # Both rows of a column are in one operand where they are interleaved.
-    columns = config.block_n * (gemm.width if problem.gate_up == "interleaved" else 1)
+    # Both rows of a column are in one operand where they alternate.
+    columns = config.block_n * (gemm.width if problem.gate_up == "interleaved" or config.pairs else 1)
     if target.vendor != "nvidia":
         return (target.vendor, config.block_m, columns, config.warps)
     if multiply_in(gemm, target) == "float32" and problem.fp32_precision == "ieee":
@@ -78,19 +80,25 @@ def anchor_tokens(problem: Problem) -> int:
 def alike(plan: TritonPlan, anchor: TritonPlan, problem: Problem, target: Target) -> TritonPlan | None:
     """The plan with tiles that have the arithmetic of the anchor's, as near to its own as can be; None: there are none.
 
-    The intermediate becomes codes where it does in the anchor: in the epilogue it has not been rounded before.
+    The intermediate becomes codes where it does in the anchor, or of float32 in a kernel of its own where the anchor's
+    epilogue makes them: there it has not been rounded before. Adapters read it rounded.
     """
+    places = {anchor.requantise}
+    if anchor.requantise == "epilogue" and problem.adapters is None:
+        places.add("kernel")
 
     def same_codes(config: KernelConfig) -> bool:
-        return requantise(problem.down_gemm, config) == anchor.requantise
+        return requantise(problem.down_gemm, config) in places
 
     for block_m in (height for height in HEIGHTS if height >= plan.gate_up.block_m):
         first = _tiles(plan.gate_up, anchor.gate_up, problem.gate_up_gemm, block_m, problem, target)
         second = _tiles(plan.down, anchor.down, problem.down_gemm, block_m, problem, target)
         gate_up, down = next(filter(same_codes, first), None), next(second, None)
         if gate_up is not None and down is not None:
+            place = requantise(problem.down_gemm, gate_up)
+            unrounded = place != anchor.requantise
             gather = gate_up.maps == "xw"
-            return replace(plan, gather=gather, gate_up=gate_up, down=down, requantise=anchor.requantise)
+            return replace(plan, gather=gather, gate_up=gate_up, down=down, requantise=place, unrounded=unrounded)
     return None
 
 
@@ -106,11 +114,22 @@ def _tiles(
                 tile = replace(tile, maps="none", programs_per_sm=0, flatten=False)
             if tile != own and block_m * wide(tile, gemm) > SUMS * 32 * tile.warps:
                 tile = replace(tile, warps=8)
-            # Rows that are too few for an instruction of a warp group are its other side.
-            turned = replace(tile, swap=True, block_n=max(64, tile.block_n))
-            for one in (tile, turned) if gemm.format is None and block_m < 64 else (tile,):
+            for one in (tile, _turned(tile, gemm)) if block_m < 64 and wanted.unit == ("warp group",) else (tile,):
                 if arithmetic_of(one, gemm, problem, target) != wanted:
                     continue
                 deep = min(8, one.stages * max(1, own.block_k // one.block_k))  # as many bytes on their way as it had
                 fits = (replace(one, stages=stages) for stages in range(deep, 0, -1))
                 yield from itertools.islice((fit for fit in fits if not why_not(fit, gemm, target)), 1)
+
+
+def _turned(tile: KernelConfig, gemm: Gemm) -> KernelConfig:
+    """The tile with weights as the left operand, of which an instruction of a warp group has 64 rows.
+
+    Rows of tokens that are too few for that are its other side. The narrowest tiles are of launches with few programs:
+    32 columns with both of their rows are more of those. A tile that grows takes shorter steps, and none is wider than
+    the registers of its 4 warps like it (dsv3-tp8 in bfloat16 on an H200, T = 512: 767 us, by 128 columns for 256 739).
+    """
+    pairs = gemm.width == 2 and tile.block_n < 32 and gemm.format is None and not gemm.rank
+    block_n = 32 if pairs else max(64, min(128, tile.block_n))
+    block_k = max(min(128, tile.block_k), tile.block_k * tile.block_n // block_n)
+    return replace(tile, swap=True, pairs=pairs, block_n=block_n, block_k=min(block_k, tile.block_k))

@@ -90,8 +90,12 @@ def why_not(config: KernelConfig, gemm: Gemm, target: Target) -> list[str]:
         reasons += why_no_maps(config, gemm, target)
     if config.specialised:
         reasons += why_not_specialised(config, gemm, target)
+    if config.pairs and (gemm.width != 2 or gemm.format is not None or gemm.rank or config.maps != "none"):
+        reasons.append("pairs of gate and up rows are loaded by pointer, unquantised and without adapters")
     if config.words:
         reasons += why_no_words(config, gemm, target)
+    elif config.scale_weights:
+        reasons.append("scales weights only where they are decoded by the word")
     need = shared_bytes(config, gemm, target)
     if need > target.shared_bytes:
         have = f"{target.arch or target.vendor} has {target.shared_bytes}"
@@ -140,9 +144,11 @@ def why_no_words(config: KernelConfig, gemm: Gemm, target: Target) -> list[str]:
         reasons.append("words are loaded by pointer")
     if gemm.inner % 32:
         reasons.append(f"K = {gemm.inner} is no multiple of 32, the columns that change places")
-    group = gemm.format.block[1] if gemm.format else 0
-    if group and group % 8 and config.block_k > group:
-        reasons.append(f"a group of {group} columns is no whole number of words")
+    rows, group = gemm.format.block if gemm.format else (1, 0)
+    if group and (rows != 1 or group < 16 or group & (group - 1)):
+        reasons.append(
+            f"blocks of {rows} x {group} share a scale, words those of a row and 16, 32, 64 ... columns, or of all"
+        )
     return reasons
 
 
@@ -157,8 +163,8 @@ def why_not_specialised(config: KernelConfig, gemm: Gemm, target: Target) -> lis
         reasons.append(f"stores 16-bit results, the layer is {gemm.dtype}")
     math, form = multiply_in(gemm, target), gemm.format
     decoded = decodes(gemm, target)
-    if decoded and not config.words:
-        reasons.append("decodes weights by the word alone")
+    if decoded and not (config.words and config.scale_weights):
+        reasons.append("decodes weights by the word alone, and scales them")
     if form is not None and form.zero:
         reasons.append("takes no zero points")
     if gemm.matrix.contiguous != "K":
@@ -167,9 +173,7 @@ def why_not_specialised(config: KernelConfig, gemm: Gemm, target: Target) -> lis
         reasons.append(f"K = {gemm.inner} is no multiple of {16 // bytes_of(math)}, the columns of one copy")
     if config.block_k * bytes_of(math) != 128:
         reasons.append(f"a step has 128 bytes of a row, block_k={config.block_k} has {config.block_k * bytes_of(math)}")
-    if decoded and form is not None and form.block[1] and form.block[0] != 1:
-        reasons.append(f"decodes by scales of single rows, blocks have {form.block[0]}")
-    elif not decoded and form is not None and form.block[1] and (not gemm.grouped or form.block[1] != config.block_k):
+    if not decoded and form is not None and form.block[1] and (not gemm.grouped or form.block[1] != config.block_k):
         reasons.append(f"scales must be those of block_k={config.block_k} columns, or of whole rows")
     if gemm.grouped and form is not None and form.block[0] % 128:
         reasons.append(f"a sum of 128 columns has one scale, blocks of {form.block[0]} have several")
