@@ -103,6 +103,7 @@ def run_alone(call: Call, plan: Plan) -> torch.Tensor:
 
 
 def _layer(backend: Backend, call: Call, plan: Plan, work: Workspace, out: torch.Tensor) -> None:
+    call = call._replace(out=out)
     schedule = backend.route(call, plan, work)
     hidden = backend.gate_up(call, plan, schedule, work)
     rows = backend.down(call, plan, schedule, hidden, work)

@@ -31,8 +31,10 @@ if settings().interpret:
 TARGETS = {name: KNOWN[name] for name in codegen.TARGETS}
 #: (tokens, top_k, experts, hidden, intermediate): one for each form that the planner knows
 SHAPES = {
-    "few": (1, 4, 128, 2048, 768),
-    "few, wide": (1, 8, 128, 7168, 2048),
+    "single": (1, 4, 128, 2048, 768),
+    "single, wide": (1, 8, 128, 7168, 2048),
+    "few": (8, 1, 128, 2048, 256),
+    "few, wide": (8, 2, 8, 7168, 2048),
     "16 rows": (32, 8, 128, 2048, 768),
     "32 rows": (512, 8, 256, 7168, 256),
     "64 rows": (512, 8, 128, 2048, 768),
@@ -41,6 +43,10 @@ SHAPES = {
     "tall, ragged": (32768, 4, 128, 2880, 2880),
     "tall, gathered": (16384, 2, 8, 4096, 14336),
 }
+
+
+#: Kernels of the two GEMMs.
+PRODUCTS = "grouped_gemm", "grouped_gemv"
 
 
 def compile_layer(target: str, shape, dtype=torch.float16, monkeypatch=None, form=None, chosen="triton", **options):
@@ -77,11 +83,13 @@ def test_no_spills_within_shared_memory(target, shape, monkeypatch):
     problem, plan, compiled = compile_layer(target, SHAPES[shape], monkeypatch=monkeypatch)
     names = [kernel.name for kernel in compiled]
     route = [] if plan.few else ["route_one_chunk"] if problem.slots <= 1024 else ["count", "offsets", "scatter"]
-    assert names == route + ["gather"] * plan.gather + ["grouped_gemm", "grouped_gemm", "combine"]
+    products = ["grouped_gemv", "grouped_gemv"] if plan.single else ["grouped_gemm", "grouped_gemm", "combine"]
+    assert plan.single == shape.startswith("single")
+    assert names == route + ["gather"] * plan.gather + products
     for kernel in compiled:
         assert kernel.stack_bytes == 0, kernel
         assert kernel.shared_bytes <= TARGETS[target].shared_bytes, kernel
-    gate_up, down = (kernel for kernel in compiled if kernel.name == "grouped_gemm")
+    gate_up, down = (kernel for kernel in compiled if kernel.name in PRODUCTS)
     assert gate_up.shared_bytes <= shared_bytes(plan.gate_up, problem.gate_up_gemm, TARGETS[target])
     assert down.shared_bytes <= shared_bytes(plan.down, problem.down_gemm, TARGETS[target])
 
@@ -89,7 +97,7 @@ def test_no_spills_within_shared_memory(target, shape, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("target", TARGETS)
 def test_other_types(target, dtype, monkeypatch):
-    for shape in ("few", "64 rows", "tall"):
+    for shape in ("single", "few", "64 rows", "tall"):
         if target == "sm_75" and dtype == torch.bfloat16:
             with pytest.raises(NotImplementedError, match="sm_75 has no bfloat16"):
                 compile_layer(target, SHAPES[shape], dtype, monkeypatch)
@@ -107,7 +115,7 @@ def test_other_types(target, dtype, monkeypatch):
 ], ids=str)  # fmt: skip
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
 def test_layouts_and_activations(target, options, monkeypatch):
-    for shape in ("few", "tall"):
+    for shape in ("single", "few", "tall"):
         _, _, compiled = compile_layer(target, SHAPES[shape], torch.bfloat16, monkeypatch, **options)
         assert [k.name for k in compiled if k.stack_bytes] == []
 
@@ -141,9 +149,9 @@ FORMATS = [
 @pytest.mark.parametrize("target", TARGETS)
 def test_schemes_compile_without_spills(target, form, monkeypatch):
     dtype = torch.float16 if target == "sm_75" else torch.bfloat16
-    for shape in ("few", "64 rows", "tall"):
+    for shape in ("single", "64 rows", "tall"):
         problem, plan, compiled = compile_layer(target, SHAPES[shape], dtype, monkeypatch, form=form)
-        gate_up, down = (kernel for kernel in compiled if kernel.name == "grouped_gemm")
+        gate_up, down = (kernel for kernel in compiled if kernel.name in PRODUCTS)
         assert [kernel for kernel in compiled if kernel.stack_bytes] == []
         assert gate_up.shared_bytes <= shared_bytes(plan.gate_up, problem.gate_up_gemm, TARGETS[target])
         assert down.shared_bytes <= shared_bytes(plan.down, problem.down_gemm, TARGETS[target])
@@ -235,7 +243,7 @@ def test_complaints_of_the_assembler_are_heard():
 
 @pytest.mark.parametrize("form", [None, *FORMATS], ids=str)
 def test_explain_lists_what_is_launched(form, monkeypatch):
-    for shape in ("few", "64 rows", "tall"):
+    for shape in ("single", "few", "64 rows", "tall"):
         problem, how, compiled = compile_layer("sm_90", SHAPES[shape], torch.bfloat16, monkeypatch, form=form)
         told = _launches(problem, Plan(backend="triton", triton=how))
         assert sorted(launch["kernel"].split(",")[0] for launch in told) == sorted(kernel.name for kernel in compiled)

@@ -10,7 +10,10 @@ import torch
 from fusedmoe import experts, reference
 from fusedmoe.checks import check
 from fusedmoe.plan.config import KernelConfig, Plan
+from fusedmoe.plan.heuristics import assemble
 from fusedmoe.plan.planner import choose
+from fusedmoe.plan.validity import why_not_plan
+from fusedmoe.schemes import format_of
 from fusedmoe.settings import settings
 from fusedmoe.spec.activation import Activation
 from fusedmoe.target import target_of
@@ -152,6 +155,33 @@ def test_pairs_of_rows_that_lie_apart(few, layout, swap):
     how = dataclasses.replace(plan.triton, few=few, gate_up=config, down=dataclasses.replace(config, pairs=False))
     out = experts.run(call, dataclasses.replace(plan, triton=how))
     assert relative_error(out, reference.fused_experts(*arguments, **options)) < TOLERANCE["float16"]
+
+
+@pytest.mark.parametrize("on", ["gate_up", "down"])
+@pytest.mark.parametrize(
+    "form",
+    [
+        None,
+        format_of("fp8_block"),
+        format_of("fp8_channel"),
+        format_of("int8_w8a8", inputs="tensor"),
+        format_of("int8_w8a16", group=32, zero=True),
+        format_of("int4_w4a16", group=32, zero=True),
+        format_of("nvfp4"),
+    ],
+    ids=str,
+)
+def test_single_rows_in_several_steps(form, on):
+    """Steps that end before K does, and columns that fill no whole tile."""
+    case = Case.of((3, 5, 40, 200, 104), ids="invalid", bias=True, pad=8, formats=(form, form)).fitted()
+    arguments, options = case.draw()
+    call, target = check(*arguments, **options), target_of(torch.device("cpu"))
+    tile, wide = (KernelConfig(block_m=1, block_n=16, block_k=k, warps=1, stages=1) for k in (32, 256))
+    gate_up, down = (tile, wide) if on == "gate_up" else (wide, tile)
+    how = assemble(call.problem, target, few=True, gate_up=gate_up, down=down)
+    assert how.single and not why_not_plan(how, call.problem, target)
+    out = experts.run(call, dataclasses.replace(choose(call.problem, target, "triton"), triton=how))
+    assert relative_error(out, reference.fused_experts(*arguments, **options)) < case.tolerance
 
 
 def _drop_last_k_block(x):

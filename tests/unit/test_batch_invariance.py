@@ -85,6 +85,9 @@ def test_schemes_whose_tiles_add_up_alike_keep_their_plans(scheme):
     for shape, tokens in itertools.product(SHAPES.values(), TOKENS):
         problem = problem_of(shape, tokens, torch.bfloat16, form=format_for(scheme, shape))
         plain, alike = (choose(replace(problem, batch_invariant=b), KNOWN["sm_90"], "auto") for b in (False, True))
+        if plain.triton.single:
+            assert not alike.triton.single, "its sums are nobody else's"
+            continue
         assert alike.triton == plain.triton
 
 

@@ -78,7 +78,7 @@ def test_schedules_pay_the_sooner_the_lighter_the_weights(slots, experts, scheme
     ("tokens", "sizes", "columns"),
     [
         (8, (2, 8, 4096, 14336), 128),  # 1.3 waves of narrow tiles, one of wide ones
-        (1, (2, 8, 4096, 14336), 64),  # neither fills a wave: more programs load more at once
+        (2, (2, 8, 4096, 14336), 64),  # neither fills a wave: more programs load more at once
         (4, (8, 32, 7168, 2048), 64),  # many waves: no difference, narrow
     ],
 )

@@ -184,4 +184,6 @@ def expanded(call: Call, how: TritonPlan, e: Epilogue, work: Workspace, *, of_to
     base = e._replace(top_k=tl.constexpr(problem.top_k))
     product = (v, v.stride(0), *_strides(b), problem.intermediate, *map(tl.constexpr, constants))
     adapted = AdaptedEpilogue._make((*base, *_chosen(call), *product))
+    if how.single:
+        return adapted, lora.expand_one_weigh_then_bias if of_tokens else lora.expand_one_bias_then_weigh
     return adapted, lora.expand_weigh_then_bias if of_tokens else lora.expand_bias_then_weigh

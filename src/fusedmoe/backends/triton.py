@@ -16,7 +16,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fusedmoe._compat import teach_interpreter
-from fusedmoe.backends import adapters, routes
+from fusedmoe.backends import adapters, gemv, routes
 from fusedmoe.backends.launch import device_guard, launch
 from fusedmoe.backends.product import PLAIN, Product
 from fusedmoe.backends.routes import Routed
@@ -78,7 +78,7 @@ def workspace_layout(problem: Problem, plan: Plan) -> Layout:
     slots = problem.slots
     how = _plan(plan)
     layout: Layout = adapters.workspace_layout(problem, how)
-    if not (problem.alone or problem.sparse):
+    if not (problem.alone or problem.sparse or how.single):
         layout["rows"] = ((slots, _row_stride(problem.hidden)), dtype)
     if (how.requantise != "epilogue" or how.shrink is not None) and not problem.alone:
         layout["hidden"] = ((slots, _row_stride(problem.intermediate)), torch.float32 if how.unrounded else dtype)
@@ -191,6 +191,8 @@ def gate_up(call: Call, plan: Plan, schedule: Routed, work: Workspace) -> Rows:
     static = call.w2.input_scale if isinstance(call.w2, ExpertMatrix) else None
     x = Rows(*flat(hidden), None)
     order = order_of(problem.down_gemm, how.down)
+    if how.single and how.overlap:
+        after = {**after, "WAIT": overlap.release_and_wait, "RELEASE": overlap.nothing}
     quantised(
         schedule.ids,
         schedule.schedule,
@@ -287,7 +289,7 @@ def down(call: Call, plan: Plan, schedule: Routed, hidden: Rows, work: Workspace
     """Rows of the output [S, H] by slot, weighted; a row of an absent slot is never written."""
     problem, how, after = call.problem, _plan(plan), _overlap(plan)[1]
     assert call.w2 is not None, "a whole layer has a second matrix"
-    rows = call.out if problem.sparse and call.out is not None else work["rows"]
+    rows = call.out if (problem.sparse or how.single) and call.out is not None else work["rows"]
     e = _with_bias(call.w2_bias)
     if not problem.weight_on_input:
         e = _with_router_weight(e, call)
@@ -302,18 +304,18 @@ def down(call: Call, plan: Plan, schedule: Routed, hidden: Rows, work: Workspace
         hidden,
         call.w2,
         how.multiply[1],
-        Output(rows, rows.stride(0), tl.constexpr(True)),
+        Output(rows, rows.stride(0), tl.constexpr(True), stride_column=rows.stride(1)),
         e,
         follows,
         PLAIN,
     )
-    _launch(call, product, after, schedule)
+    _launch(call, product, after, schedule, turns=1 if problem.sparse else problem.top_k)
     return rows
 
 
 def combine(call: Call, plan: Plan, schedule: Routed, rows: torch.Tensor, work: Workspace, out: torch.Tensor) -> None:
     """Sum the rows of each token into ``out``; they may be there already."""
-    if call.problem.sparse:
+    if call.problem.sparse or _plan(plan).single:
         return
     n_tokens, n_columns = out.shape
     block = _plan(plan).combine_block
@@ -372,9 +374,12 @@ def _with_router_weight(e: Epilogue, call: Call) -> Epilogue:
     )
 
 
-def _launch(call: Call, product: Product, options: dict[str, Any], schedule: Routed) -> None:
-    n_sm = target_of(call.hidden_states.device).n_sm
-    programs = product.programs(schedule.max_tiles, n_sm)
+def _launch(call: Call, product: Product, options: dict[str, Any], schedule: Routed, turns: int = 1) -> None:
+    target = target_of(call.hidden_states.device)
+    if product.config.block_m == 1:
+        gemv.multiply(product, schedule.ids, call.problem.slots // turns, turns, options, target)
+        return
+    programs = product.programs(schedule.max_tiles, target.n_sm)
     with device_guard(call.hidden_states.device):
         if not product.config.specialised:
             _launch_portable(call, product, options, schedule, programs)

@@ -213,7 +213,15 @@ def describe(plan: Plan) -> str:
     if plan.triton is None:
         return "one product per expert"
 
-    path = "few tokens" if plan.triton.few else "gathered" if plan.triton.gather else "scheduled"
+    path = (
+        "single rows"
+        if plan.triton.single
+        else "few tokens"
+        if plan.triton.few
+        else "gathered"
+        if plan.triton.gather
+        else "scheduled"
+    )
     return f"{path}; gate-up {describe_tile(plan.triton.gate_up)}; down {describe_tile(plan.triton.down)}"
 
 

@@ -155,12 +155,12 @@ def _launches(problem: Problem, plan: Plan) -> list[dict[str, Any]]:
         {"kernel": f"{_gemm(how.gate_up)}, gate-up and activation", "config": asdict(how.gate_up)},
         *([{"kernel": f"{_quantise(hidden.mode)}, intermediate"}] if hidden and how.requantise == "kernel" else []),
         {"kernel": f"{_gemm(how.down)}, down and router weight", "config": asdict(how.down)},
-        {"kernel": "combine", "config": {"block_h": how.combine_block}},
+        *([] if how.single else [{"kernel": "combine", "config": {"block_h": how.combine_block}}]),
     ]
 
 
 def _gemm(config: KernelConfig) -> str:
-    return "grouped_gemm_sm90" if config.specialised else "grouped_gemm"
+    return "grouped_gemv" if config.block_m == 1 else "grouped_gemm_sm90" if config.specialised else "grouped_gemm"
 
 
 def _quantise(mode: str) -> str:

@@ -134,7 +134,7 @@ def _best(step: Progress) -> str:
     if step.tiles is None:
         return f"T {step.tokens}"
     few, gate_up, down = step.tiles
-    path = "few tokens" if few else "scheduled"
+    path = "single rows" if gate_up.block_m == 1 else "few tokens" if few else "scheduled"
     return f"T {step.tokens}: {step.us:.1f} us, {path}; {describe_tile(gate_up)}; {describe_tile(down)}"
 
 

@@ -178,6 +178,38 @@ def expand(acc, b, expert, slot, live, col, inside):
 
 
 @triton.jit
+def expand_one(acc, b, expert, slot, live, col, inside):
+    """As expand, for a tile of one row, [1, BLOCK_N]: a product without tensor cores."""
+    adapter = tl.max(adapter_of(b, slot, live), 0)
+    if adapter >= 0:
+        part = 0
+        if b.parts == "alternate":
+            part = tl.min(col, 0) % 2  # a tile has gate rows or up rows
+        elif b.parts == "halves":
+            part = (tl.min(col, 0) >= b.up).to(tl.int32)
+        rank = tl.load(b.rank + adapter)
+        v_row = b.v + tl.max(slot, 0).to(tl.int64) * b.v_stride + part * b.max_rank
+        base = b.ptr + adapter.to(tl.int64) * b.stride_a + expert.to(tl.int64) * b.stride_e
+        for r0 in tl.range(0, rank, b.block, num_stages=1):
+            r = r0 + tl.arange(0, b.block)
+            v = tl.load(v_row + r, mask=r < rank, other=0.0).to(tl.float32)
+            address = base + col.to(tl.int64)[:, None] * b.stride_n + r.to(tl.int64)[None, :] * b.stride_r
+            w = tl.load(address, mask=inside[:, None] & (r < rank)[None, :], other=0.0).to(tl.float32)
+            acc += tl.sum(w * v[None, :], 1)[None, :]
+    return acc
+
+
+@triton.jit
+def expand_one_weigh_then_bias(acc, e, expert, slot, live, col, inside):
+    return weigh_then_bias(expand_one(acc, e, expert, slot, live, col, inside), e, expert, slot, live, col, inside)
+
+
+@triton.jit
+def expand_one_bias_then_weigh(acc, e, expert, slot, live, col, inside):
+    return bias_then_weigh(expand_one(acc, e, expert, slot, live, col, inside), e, expert, slot, live, col, inside)
+
+
+@triton.jit
 def expand_weigh_then_bias(acc, e, expert, slot, live, col, inside):
     return weigh_then_bias(expand(acc, e, expert, slot, live, col, inside), e, expert, slot, live, col, inside)
 

@@ -146,13 +146,14 @@ class Weight(NamedTuple):
 class Output(NamedTuple):
     """Where a tile is stored: at its sorted row, or (``by_slot``, constexpr) at its slot."""
 
-    ptr: object  #       [S, columns], last dimension contiguous
+    ptr: object  #       [S, columns]
     stride_row: object
     by_slot: object
     scale: object = None  #        float32 that a STORE policy reads or writes, or None
     stride_scale: object = None
     beside: object = None  #       [S, columns] of the layer's type, where unquantised numbers go too, or None
     stride_beside: object = None
+    stride_column: object = 1
 
 
 class Epilogue(NamedTuple):

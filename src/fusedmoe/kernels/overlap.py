@@ -27,3 +27,10 @@ def wait():
 def release():
     """Let the next launch start."""
     gdc_launch_dependents()
+
+
+@triton.jit
+def release_and_wait():
+    """Let the next launch start, which needs nothing of the one before this, then wait for that."""
+    gdc_launch_dependents()
+    gdc_wait()

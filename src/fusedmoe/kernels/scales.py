@@ -107,6 +107,46 @@ def of_words(w, expert, n, there, k, PART: tl.constexpr, K: tl.constexpr):
     return _of_places(w, expert, n, there, tl.minimum(k, K - 1) // w.scale.block_k, PART)
 
 
+# --- of CHUNK columns of K each, from k0 on, which lie in one group; of several experts [J] at once --------
+
+
+@triton.jit
+def _groups(k0, GROUP: tl.constexpr, K: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr):
+    return (tl.minimum(k0 + CHUNK * tl.arange(0, CHUNKS), K - 1) // GROUP)[None, None, :]
+
+
+@triton.jit
+def of_chunks(
+    s, expert, n, n0, inside, k0, PART: tl.constexpr, K: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr
+):
+    """Scales ``s`` of weights: [J, BLOCK_N, CHUNKS], or [J, 1, CHUNKS] where columns n share them."""
+    group, expert = _groups(k0, s.block_k, K, CHUNKS, CHUNK), expert[:, None, None]
+    if s.block_n == 0:
+        return _value(tl.load(_block(s, expert, expert * 0 + PART * s.up, group)), s.kind)
+    elif s.uniform:
+        return _value(tl.load(_block(s, expert, PART * s.up + (n0 + PART * s.phase) // s.block_n, group)), s.kind)
+    else:
+        row = (PART * s.up + (n + PART * s.phase) // s.block_n)[None, :, None]
+        return _value(tl.load(_block(s, expert, row, group), mask=inside[None, :, None], other=0), s.kind)
+
+
+@triton.jit
+def zeros_of_chunks(
+    w, expert, n, inside, k0, PART: tl.constexpr, K: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr
+):
+    """Zero points of weights, [J, BLOCK_N, CHUNKS]."""
+    group = _groups(k0, w.scale.block_k, K, CHUNKS, CHUNK)
+    return _zero_point(w.zero, expert[:, None, None], n[None, :, None], inside[None, :, None], group, PART)
+
+
+@triton.jit
+def rows_of_chunks(x, row, live, k0, GROUP: tl.constexpr, K: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr):
+    """Scales of rows [J]: [J, 1, CHUNKS]."""
+    address = x.scale.ptr + row.to(tl.int64)[:, None, None] * x.scale.stride_row
+    address += _groups(k0, GROUP, K, CHUNKS, CHUNK).to(tl.int64) * x.scale.stride_group
+    return tl.load(address, mask=live[:, None, None], other=0.0)
+
+
 @triton.jit
 def row_of(x, row, slot):
     """The row of scales of each row: codes may have been copied into sorted rows, and their scales not."""

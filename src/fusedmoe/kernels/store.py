@@ -12,7 +12,7 @@ from fusedmoe.kernels import encode
 
 @triton.jit
 def write(value, out, dest, live, column, COLUMNS: tl.constexpr):
-    address = out.ptr + dest.to(tl.int64)[:, None] * out.stride_row + column[None, :]
+    address = out.ptr + dest.to(tl.int64)[:, None] * out.stride_row + column.to(tl.int64)[None, :] * out.stride_column
     tl.store(address, value, mask=live[:, None] & (column < COLUMNS)[None, :])
 
 

@@ -9,6 +9,8 @@ from typing import Literal
 FEW = 64
 #: Operands that are loaded by tensor map.
 Maps = Literal["none", "w", "xw"]
+#: Where the intermediate becomes codes.
+Requantise = Literal["none", "epilogue", "kernel"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,6 +18,7 @@ class KernelConfig:
     """One launch of the grouped GEMM. ``block_n`` counts output columns: a gated tile multiplies 2 block_n rows.
 
     Attributes:
+        block_m: rows of a tile; 1: a row alone, which the kernel of single rows multiplies without tensor cores.
         group_m: tiles that share a block of weights before the next block.
         maps: the left / the right operand is loaded by tensor map ("none", "w", "xw").
         programs_per_sm: 0 for one program per tile, else a persistent grid of n_sm times this many.
@@ -67,7 +70,7 @@ class TritonPlan:
     """The portable pipeline; both GEMMs share block_m.
 
     Attributes:
-        few: no schedule: every program reads all ids and finds its own rows.
+        few: no schedule: every program reads all ids and finds its own rows, or those of one slot.
         gather: copy the tokens into sorted rows first, so that gate-up loads them by tensor map.
         overlap: a launch starts while the one before it ends, and waits on the device (programmatic dependent launch).
         combine_block: output columns of a program of the last step.
@@ -84,9 +87,14 @@ class TritonPlan:
     down: KernelConfig
     combine_block: int
     multiply: tuple[str, str]
-    requantise: Literal["none", "epilogue", "kernel"] = "none"
+    requantise: Requantise = "none"
     unrounded: bool = False
     shrink: ShrinkPlan | None = None
+
+    @property
+    def single(self) -> bool:
+        """Every row is multiplied alone, and the second GEMM adds up the rows of a token."""
+        return self.gate_up.block_m == 1
 
 
 @dataclass(frozen=True, kw_only=True)

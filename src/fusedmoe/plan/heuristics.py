@@ -11,8 +11,8 @@ from dataclasses import replace
 from typing import Literal
 
 from fusedmoe.plan.arithmetic import bytes_of, decodes, multiply_in
-from fusedmoe.plan.config import FEW, KernelConfig, ShrinkPlan, TritonPlan
-from fusedmoe.plan.validity import step_bytes, why_no_maps, why_no_words, why_not, wide
+from fusedmoe.plan.config import FEW, KernelConfig, Requantise, ShrinkPlan, TritonPlan
+from fusedmoe.plan.validity import step_bytes, why_no_maps, why_no_words, why_not, why_not_plan, wide
 from fusedmoe.spec.layout import Matrix
 from fusedmoe.spec.problem import Gemm, Problem
 from fusedmoe.target import Target
@@ -21,6 +21,10 @@ from fusedmoe.target import Target
 TALL_ROWS = 256
 #: Copying the tokens into sorted rows costs 4 S H bytes, and saves a share of 4 S H I flops: it pays from this I.
 GATHER_INTERMEDIATE = 4096
+#: Most tokens whose rows are multiplied one by one, and the least share of them that have an expert for themselves.
+SINGLE, ALONE = 4, 0.9
+#: Integers and 4-bit codes up to which that is faster than tensor cores; the second, of weights and rows.
+MANY_CODES = 200_000_000, 60_000_000
 #: Means of rows per expert at which :func:`why_portable` changes its mind.
 BREAKS = (12, 24, 64, 128, 512, 1024)
 #: From this I on, and from the last two of BREAKS in 16 and 8 bits, nothing is left to hide from long running sums.
@@ -113,6 +117,8 @@ def _without_schedule(problem: Problem, target: Target) -> bool:
 
 def triton_plan(problem: Problem, target: Target) -> TritonPlan:
     """The portable pipeline for a problem that the Triton backend supports."""
+    if (single := _single(problem, target)) is not None:
+        return single
     mean = problem.mean_rows
     few = _without_schedule(problem, target)
     gemms = problem.gate_up_gemm, problem.down_gemm
@@ -129,6 +135,49 @@ def triton_plan(problem: Problem, target: Target) -> TritonPlan:
         block_m = min(block_m, 32)
     gate_up, down = tiles_of_height(problem, target, block_m, few=few)
     return assemble(problem, target, few=few, gate_up=gate_up, down=down)
+
+
+def _single(problem: Problem, target: Target) -> TritonPlan | None:
+    """The plan of rows one by one, where that is the fastest; None elsewhere.
+
+    It reads an expert's weights for each of its rows, and decodes them as often: codes that take several instructions
+    make it wait for those where there are many of them.
+    """
+    formats = {form for form in (problem.w13_format, problem.w2_format) if form is not None}
+    slow = any(form.element not in ("e4m3", "e4m3fnuz") for form in formats)
+    if problem.batch_invariant or problem.tokens > (1 if slow else SINGLE):
+        return None
+    twice = any(form.element == "int8" and form.inputs for form in formats)  # rows have to be decoded as well
+    if slow and problem.flops > 2 * MANY_CODES[twice]:
+        return None
+    if problem.tokens > 1 and problem.active_experts < ALONE * problem.slots:
+        return None
+    plan = single_plan(problem, target)
+    return None if why_not_plan(plan, problem, target) else plan
+
+
+def single_plan(problem: Problem, target: Target) -> TritonPlan:
+    """Tiles of single rows, whatever speaks against them.
+
+    Programs of one warp, as many as there can be: each waits once for its weights, 64 to 256 bytes a thread, and others
+    hide that.
+    """
+
+    def tile(gemm: Gemm, turns: int) -> KernelConfig:
+        per_byte = gemm.format.per_byte if gemm.format else 1 / bytes_of(gemm.dtype)
+        if gemm.width == 2:
+            block_n, block_k = (4, 512) if per_byte == 2 else (1, min(1024, int(2048 * per_byte)))
+        else:
+            block_n, block_k = 2, min(1024, 2048 // turns)
+        config = KernelConfig(block_m=1, block_n=block_n, block_k=block_k, warps=1, stages=1)
+        if target.interpret:  # few programs
+            config = replace(config, block_n=32)
+        return replace(config, block_k=max(128, min(config.block_k, _next_power_of_2(gemm.inner))))
+
+    turns = _next_power_of_2(problem.top_k)
+    return assemble(
+        problem, target, few=True, gate_up=tile(problem.gate_up_gemm, 1), down=tile(problem.down_gemm, turns)
+    )
 
 
 def tiles_of_height(problem: Problem, target: Target, block_m: int, *, few: bool) -> tuple[KernelConfig, KernelConfig]:
@@ -210,11 +259,13 @@ def _shrink(problem: Problem, target: Target, block_m: int, *, few: bool) -> Shr
     )
 
 
-def requantise(down: Gemm, gate_up: KernelConfig) -> Literal["none", "epilogue", "kernel"]:
+def requantise(down: Gemm, gate_up: KernelConfig) -> Requantise:
     """Where the intermediate becomes codes: in the epilogue of gate-up when a tile has all that a scale is made of."""
     inputs = down.inputs
     if inputs is None:
         return "none"
+    if gate_up.block_m == 1:
+        return "kernel"
     if inputs.mode == "group":
         stored = 128 if gate_up.specialised else gate_up.block_n  # columns that a tile stores at a time
         whole = stored % inputs.group == 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from fusedmoe.plan.arithmetic import bytes_of, decodes, multiply_in
 from fusedmoe.plan.config import FEW, KernelConfig, TritonPlan
 from fusedmoe.spec.problem import Gemm, Problem
@@ -62,11 +64,17 @@ def why_not_plan(plan: TritonPlan, problem: Problem, target: Target) -> list[str
         reasons.append("tiles that every program finds in the ids are loaded by pointer")
     if plan.few and (plan.gate_up.specialised or plan.down.specialised):
         reasons.append("the warp-specialised kernel reads a schedule")
+    if plan.single and not plan.few:
+        reasons.append("rows that are multiplied alone are found by their slots, without a schedule")
+    if plan.single and problem.top_k > 16:
+        reasons.append(f"a tile has rows of up to 16 slots, a token has {problem.top_k}")
     return reasons
 
 
 def why_not(config: KernelConfig, gemm: Gemm, target: Target) -> list[str]:
     """Every reason why ``config`` cannot run ``gemm`` on ``target``; empty when it can."""
+    if config.block_m == 1:
+        return why_not_single(config, gemm)
     reasons = []
     for name in ("block_m", "block_n", "block_k"):
         value = getattr(config, name)
@@ -100,6 +108,28 @@ def why_not(config: KernelConfig, gemm: Gemm, target: Target) -> list[str]:
     if need > target.shared_bytes:
         have = f"{target.arch or target.vendor} has {target.shared_bytes}"
         reasons.append(f"needs up to {need} bytes of shared memory, {have}")
+    return reasons
+
+
+def chunk(gemm: Gemm) -> int:
+    """Columns that a thread of the kernel of single rows adds up at a time: those of 16 bytes that share scales."""
+    if gemm.format is None:
+        return 16 // bytes_of(gemm.dtype)
+    groups = gemm.format.block[1], 0 if gemm.inputs is None else gemm.inputs.group
+    return math.gcd(16 * gemm.format.per_byte, *groups)
+
+
+def why_not_single(config: KernelConfig, gemm: Gemm) -> list[str]:
+    """Every reason against multiplying a row alone."""
+    reasons = []
+    if config.block_k & (config.block_k - 1) or config.block_n & (config.block_n - 1):
+        reasons.append(f"block_n={config.block_n} and block_k={config.block_k} must be powers of two")
+    if config.block_k < 32:
+        reasons.append(f"block_k={config.block_k} is below 32, the 4-bit codes of 16 bytes")
+    if gemm.matrix.contiguous != "K":
+        reasons.append("rows of the expert matrix must be contiguous (weight_layout='NK')")
+    if chunk(gemm) < 8:
+        reasons.append(f"groups of columns that share a scale are no multiple of 8, but of {chunk(gemm)}")
     return reasons
 
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from fusedmoe.plan.arithmetic import bytes_of, multiply_in
 from fusedmoe.plan.config import FEW, KernelConfig, TritonPlan
-from fusedmoe.plan.heuristics import assemble, sm90_plan, tiles_of_height
+from fusedmoe.plan.heuristics import assemble, single_plan, sm90_plan, tiles_of_height
 from fusedmoe.plan.invariance import HEIGHTS
 from fusedmoe.plan.planner import SUPPORTS
 from fusedmoe.plan.validity import shared_bytes, step_bytes, why_not, why_not_plan, wide
@@ -56,7 +56,8 @@ class Tiles(NamedTuple):
 
 
 def starts(problem: Problem, target: Target) -> list[Tiles]:
-    """A point to start from for each kind of tiles: the specialised, and each height with and without a schedule.
+    """A point to start from for each kind of tiles: the specialised, single rows, and each height with and without a
+    schedule.
 
     Tiles much higher than an expert's rows, or much lower, are left out.
     """
@@ -64,6 +65,8 @@ def starts(problem: Problem, target: Target) -> list[Tiles]:
     rows = problem.slots / problem.active_experts
     if rows >= SPECIALISED and not SUPPORTS["gluon_sm90"](problem, target):
         found.append(Tiles.of(sm90_plan(problem, target)))
+    if problem.slots <= FEW and rows <= 2:
+        found.append(Tiles.of(single_plan(problem, target)))
     for few in (True, False) if problem.slots <= FEW else (False,):
         for block_m in HEIGHTS:
             if not (rows / 8 <= block_m <= max(16, 4 * rows) or block_m == HEIGHTS[-1] < rows):
@@ -97,7 +100,9 @@ def _distance(one: KernelConfig, other: KernelConfig) -> float:
 def _variants(own: KernelConfig, gemm: Gemm, target: Target) -> Iterator[KernelConfig]:
     """Tiles of the same height that can run."""
     choices: dict[str, list[int | str | bool]] = {"stages": [2, 3, 4, 5], "group_m": [own.group_m, 1, 8]}
-    if own.specialised:
+    if own.block_m == 1:
+        choices = {"block_n": [1, 2, 4, 8], "block_k": [128, 256, 512, 1024, 2048], "warps": [1, 2, 4]}
+    elif own.specialised:
         choices |= {"stages": [2, 3, 4], "warps": [4, 8], "maps": ["w", "xw"]}
     else:
         width, size = gemm.width, bytes_of(multiply_in(gemm, target))
