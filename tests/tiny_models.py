@@ -63,6 +63,7 @@ MORE: dict[str, dict[str, Any]] = {
     "glm5_next": {"mlp_layer_types": ["dense", "sparse"], "head_dim": 0, "qk_rope_head_dim": 0, "linear_num_heads": 4}
     | {"linear_head_dim": 16, "index_n_heads": 2, "index_head_dim": 16, "index_topk": 16},
     "granitemoehybrid": {"mamba_n_heads": 4, "mamba_d_state": 8, "layer_types": ["mamba", "attention"]},
+    "hy_v4_vl": {"rope_parameters": ROPE | {"mrope_section": [2, 1, 1]}},
     "kimi_linear": {"linear_head_dim": 16, "linear_num_heads": 4},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "glm4v_moe": {"rope_parameters": ROPE | {"mrope_section": [1, 1, 0]}},

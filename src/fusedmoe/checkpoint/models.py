@@ -50,7 +50,7 @@ class _Family(NamedTuple):
 _DEEPSEEK_V3 = _Family(
     "sigmoid", float32=True, needs=("n_group", "topk_group", "norm_topk_prob", "routed_scaling_factor")
 )
-#: As in the models' code in Transformers 5.23. A model type that is not here is refused: routers differ in
+#: As in the models' code in Transformers 5.24. A model type that is not here is refused: routers differ in
 #: details (a scale per expert, a soft cap, noise) that no tensor or configuration key betrays.
 _ROUTERS: dict[str, _Family] = {
     **dict.fromkeys(

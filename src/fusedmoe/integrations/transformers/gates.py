@@ -61,9 +61,14 @@ def _default(experts: Any) -> Gate | None:
 
 
 def _clamped(function: object, limit: float | None) -> Gate | None:
-    if _name(function) != "silu":
+    # A limit of 0 clamps all, while Hunyuan-V4's configuration says that it clamps nothing: the module has the word.
+    if _name(function) != "silu" or (limit is not None and not limit > 0):
         return None
     return Gate(Activation("silu", limit=limit))
+
+
+def _swiglu_limit(experts: Any) -> Gate | None:
+    return _clamped(functional.silu, experts.swiglu_limit)
 
 
 def _oai(alpha: float, limit: float, layout: GateUpLayout = "concatenated") -> Gate:
@@ -72,6 +77,10 @@ def _oai(alpha: float, limit: float, layout: GateUpLayout = "concatenated") -> G
 
 def _softcapped(gate: float, up: float) -> Gate:
     return Gate(Activation("situ", beta=gate, linear_beta=up))
+
+
+def _inkling2(experts: Any) -> Gate:
+    return _softcapped(experts.act_fn.gate_softcap.softcap, experts.act_fn.up_softcap.softcap)
 
 
 def _fp8(experts: Any) -> Gate | None:
@@ -91,10 +100,12 @@ GATES: dict[str | None, Callable[[Any], Gate | None]] = {
     "BeamExperts._apply_gate": _default,
     "DeepseekV4Experts._apply_gate": lambda m: _clamped(m.act_fn, m.limit),
     "FP8Experts._apply_gate": _fp8,
-    "Glm5NextTextExperts._apply_gate": lambda m: _clamped(functional.silu, m.swiglu_limit),
+    "Glm5NextTextExperts._apply_gate": _swiglu_limit,
     "GptOssExperts._apply_gate": lambda m: _oai(m.alpha, m.limit, "interleaved"),
-    "HYV4Experts._apply_gate": lambda m: _clamped(functional.silu, m.swiglu_limit),
-    "Inkling2Experts._apply_gate": lambda m: _softcapped(m.act_fn.gate_softcap.softcap, m.act_fn.up_softcap.softcap),
+    "HYV4Experts._apply_gate": _swiglu_limit,
+    "HYV4VLExperts._apply_gate": _swiglu_limit,
+    "Inkling2Experts._apply_gate": _inkling2,
+    "Inkling2LoopExperts._apply_gate": _inkling2,
     "MiniMaxM3VLExperts._apply_gate": lambda m: _oai(m.swiglu_alpha, m.swiglu_limit),
     "OpenAIPrivacyFilterExperts._apply_gate": lambda m: _oai(m.alpha, m.limit),
 }
