@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import inspect
 import json
 import math
 import statistics
@@ -156,6 +157,12 @@ def prefill(model: Any, prompts: int, length: int) -> Callable[[], object]:
     return lambda: model(input_ids=ids, use_cache=False, logits_to_keep=1).logits
 
 
+def cached(model: Any, cache: StaticCache) -> dict[str, Any]:
+    """Arguments of a forward with a cache, by the name that the installed version has for it."""
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    return {name: cache, "use_cache": True}
+
+
 def decode(model: Any, batch: int) -> Callable[[], object]:
     """A step of a token for each sequence, over and over at the same position of a static cache."""
     device, config = model.device, model.config
@@ -163,7 +170,8 @@ def decode(model: Any, batch: int) -> Callable[[], object]:
     cache = StaticCache(config=config, max_cache_len=ROOM)
     implementation = config._experts_implementation
     model.set_experts_implementation("grouped_mm")  # batched_mm would copy the weights of all these tokens' experts
-    model(input_ids=prompt, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    given = cached(model, cache)
+    model(input_ids=prompt, logits_to_keep=1, **given)
     model.set_experts_implementation(implementation)
     # One tensor for the lengths of all layers: set back by a single launch, not by one a layer.
     lengths = torch.full((len(cache.layers),), CONTEXT, device=device)
@@ -183,9 +191,7 @@ def decode(model: Any, batch: int) -> Callable[[], object]:
         for layer in cache.layers:
             if hasattr(layer, "cumulative_length_int"):
                 layer.cumulative_length_int = CONTEXT
-        return model(
-            input_ids=token, attention_mask=masks, position_ids=position, past_key_values=cache, use_cache=True
-        ).logits
+        return model(input_ids=token, attention_mask=masks, position_ids=position, **given).logits
 
     return step
 

@@ -181,6 +181,11 @@ def run(model: PreTrainedModel, implementation: str) -> torch.Tensor:
     return out
 
 
+def cache_argument(model: PreTrainedModel) -> str:
+    """What its forward calls a cache: Transformers 5.24 renamed the argument, and warns of the old name."""
+    return next(name for name in ("cache", "past_key_values") if name in inspect.signature(model.forward).parameters)
+
+
 def generate(model: PreTrainedModel, cache: str, new: int = 6) -> torch.Tensor:
     """Greedy tokens with a "dynamic" or "static" cache; on a GPU a decode step with the latter is compiled."""
     given = {name: tensor.to(model.device) for name, tensor in prompt(model).items()}
@@ -193,7 +198,8 @@ def generate(model: PreTrainedModel, cache: str, new: int = 6) -> torch.Tensor:
         eos_token_id=None,
         return_dict_in_generate=True,
     )
-    assert isinstance(out.past_key_values, StaticCache) == (cache == "static")
+    used = out["cache" if "cache" in out else "past_key_values"]
+    assert isinstance(used, StaticCache) == (cache == "static")
     tokens: torch.Tensor = out.sequences
     return tokens
 

@@ -7,7 +7,19 @@ import warnings
 
 import pytest
 import torch
-from tiny_models import build, draw, experts_class, experts_of, generate, prompt, relative, routing, run, small_config
+from tiny_models import (
+    build,
+    cache_argument,
+    draw,
+    experts_class,
+    experts_of,
+    generate,
+    prompt,
+    relative,
+    routing,
+    run,
+    small_config,
+)
 from torch import nn
 from transformers import activations
 
@@ -170,7 +182,7 @@ def test_compiled_model_with_a_static_cache():
         cache = StaticCache(config=model.config, max_cache_len=16)
         with torch.no_grad():
             for step in (prompt(model)["input_ids"], torch.tensor([[5], [6]])):
-                logits[implementation] = forward(input_ids=step, past_key_values=cache).logits
+                logits[implementation] = forward(input_ids=step, **{cache_argument(model): cache}).logits
     assert relative(logits[NAME], logits["eager"]) < 2e-6
 
 
