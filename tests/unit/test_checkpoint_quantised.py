@@ -637,6 +637,10 @@ def put(ending, value):
     return lambda tensors: tensors.__setitem__(last(ending), value(tensors[last(ending)]))
 
 
+def true_shape(value):
+    return lambda tensors: tensors.update({f"{PREFIX}0.up_proj.weight_shape": value})
+
+
 @pytest.mark.parametrize(
     ("form", "change", "config", "match"),
     [
@@ -659,6 +663,10 @@ def put(ending, value):
         ("deepseek", lambda t: t.update({last("g_idx"): torch.zeros(2)}), {}, "tensors beside the experts .*g_idx"),
         ("fp8-tensor-static", put("input_scale", lambda s: s * torch.inf), {}, "got inf; wanted a positive number"),
         ("ct-int4-64", lambda t: t.update({last("weight_g_idx"): torch.zeros(H).int()}), {}, "experts.*weight_g_idx"),
+        ("ct-int4-64", true_shape(torch.ones(2).char()), {}, r"weight_shape: got \(2,\) of I8; wanted two"),
+        ("ct-int4-64", true_shape(torch.tensor([torch.nan, 1])), {}, r"weight_shape: got \(2,\) of F32; wanted two"),
+        ("ct-int4-64", true_shape(torch.ones(64, 64).long()), {}, r"weight_shape: got \(64, 64\) of I64; wanted two"),
+        ("ct-int4-64", true_shape(torch.tensor([3, 4])), {}, r"weight_shape: got \[3, 4\]; wanted about"),
         ("gptq1-int4-64", put("g_idx", lambda s: s.flip(0)), {}, "order of activations .desc_act, actorder.; wanted"),
         ("gptq1-int4-64", lambda t: None, {"desc_act": True, "bits": 3}, "got 3 bits; wanted 4 or 8"),
         ("gptq1-int4-64", lambda t: None, {"checkpoint_format": "marlin"}, "checkpoint_format 'marlin'; wanted 'gptq'"),

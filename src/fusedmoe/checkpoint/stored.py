@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -266,8 +267,11 @@ def _shape(projection: Projection) -> tuple[int, int]:
     n_rows, n_columns = n_rows * stored.unit[0], n_columns * stored.unit[1]
     true = projection.files.first(projection.prefix(0), (".weight_shape",))
     if true and true.removeprefix(projection.prefix(0)) in projection.method.ignored:  # words may be filled up
-        said = [int(size) for size in projection.files.read(true).flatten()]
-        if len(said) != 2 or said[0] != n_rows or not 0 <= n_columns - said[1] < stored.unit[1]:
+        sizes, kind = projection.files.header(true)
+        if math.prod(sizes) != 2 or kind not in ("I32", "I64"):  # it may be large, or not a number
+            raise error(f"shape or type of {true}", got=f"{sizes} of {kind}", wanted="two integers", do=CONVERT_AGAIN)
+        said = projection.files.read(true).flatten().tolist()
+        if said[0] != n_rows or not 0 <= n_columns - said[1] < stored.unit[1]:
             raise error(f"{true}", got=said, wanted=f"about {(n_rows, n_columns)}, as {name} says", do=CONVERT_AGAIN)
         n_columns = said[1]
     return n_rows, n_columns
