@@ -6,6 +6,9 @@ import pytest
 
 #: Tests say themselves which files of ``fusedmoe tune`` the planner reads: not those of whoever runs them.
 os.environ.setdefault("FUSEDMOE_TUNED", "none")
+#: Before its first program Inductor compiles and loads six probes of the CPU's vector units (7 s), for the kernels that
+#: it writes. This library's are inside an operator that it calls.
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "0")
 
 
 @pytest.fixture
