@@ -7,6 +7,7 @@ compiled is what a device would get: same specialisation, same options, same ten
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 import subprocess
 import tempfile
@@ -62,7 +63,7 @@ class Compiled:
 
     def sass(self) -> str:
         """Machine code as text (NVIDIA only)."""
-        return _tool("cuobjdump", "-sass", self.asm["cubin"])
+        return _sass(self.asm["cubin"])
 
     def count(self, instruction: str) -> int:
         """How often an instruction occurs in the machine code."""
@@ -78,6 +79,12 @@ class Compiled:
             command = [str(program), "-v", f"-arch={arch}", str(source), "-o", str(Path(folder) / "kernel.cubin")]
             said = subprocess.run(command, check=True, capture_output=True, text=True)
         return re.findall(r".*\((?:C\d+)\).*", said.stdout + said.stderr)
+
+
+@functools.lru_cache(maxsize=8)
+def _sass(binary: bytes) -> str:
+    """Kept for the next question: it takes a second for a large kernel."""
+    return _tool("cuobjdump", "-sass", binary)
 
 
 def _tool(name: str, flag: str, binary: bytes) -> str:
