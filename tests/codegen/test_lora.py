@@ -20,9 +20,10 @@ from fusedmoe.testing.codegen import compiling_for
 if settings().interpret:
     pytest.skip("compiles, so TRITON_INTERPRET must not be set", allow_module_level=True)
 
-#: (tokens, top_k, experts, hidden, intermediate): few slots, 16 rows, 64 rows, tall.
+#: (tokens, top_k, experts, hidden, intermediate): single rows, few slots, 16 rows, 64 rows, tall.
 SHAPES = {
-    "few": (1, 4, 128, 2048, 768),
+    "single": (1, 4, 128, 2048, 768),
+    "few": (8, 1, 128, 2048, 768),
     "16 rows": (32, 8, 128, 2048, 768),
     "64 rows": (512, 8, 128, 2048, 768),
     "tall": (8192, 8, 64, 2048, 768),
@@ -64,7 +65,7 @@ def compile_layer(target, shape, monkeypatch, scheme="none", rank=64, dtype=torc
 
 
 def gemms(compiled):
-    return [kernel for kernel in compiled if kernel.name == "grouped_gemm"]
+    return [kernel for kernel in compiled if kernel.name in ("grouped_gemm", "grouped_gemv")]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -84,21 +85,21 @@ def test_no_spills_within_shared_memory(target, shape, monkeypatch):
 
 @pytest.mark.parametrize("rank", [1, 16, 200])
 def test_ranks(rank, monkeypatch):
-    for shape in ("few", "tall"):
+    for shape in ("single", "few", "tall"):
         _, _, compiled = compile_layer("sm_90", SHAPES[shape], monkeypatch, rank=rank)
         assert [k.name for k in compiled if k.stack_bytes > SPILLED] == []
 
 
 @pytest.mark.parametrize("scheme", ["fp8_block", "fp8_channel", "int8_w8a8", "int4_w4a16", "mxfp4"])
 def test_schemes(scheme, monkeypatch):
-    for shape in ("few", "64 rows", "tall"):
+    for shape in ("single", "64 rows", "tall"):
         _, _, compiled = compile_layer("sm_90", SHAPES[shape], monkeypatch, scheme=scheme)
         assert [(k.name, k.stack_bytes) for k in compiled if k.stack_bytes > SPILLED] == []
 
 
 def test_interleaved(monkeypatch):
     options = {"gate_up_layout": "interleaved", "activation": "swigluoai"}
-    for shape in ("few", "tall"):
+    for shape in ("single", "few", "tall"):
         _, _, compiled = compile_layer("sm_90", SHAPES[shape], monkeypatch, **options)
         assert [k.name for k in compiled if k.stack_bytes > SPILLED] == []
 

@@ -15,7 +15,7 @@ if not settings().interpret:
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
 
 
-@pytest.mark.parametrize("tokens", [5, 60], ids=["few", "schedule"])
+@pytest.mark.parametrize("tokens", [1, 5, 60], ids=["single", "few", "schedule"])
 @pytest.mark.parametrize(
     ("scheme", "layout"), [(None, "NK"), (None, "KN"), ("fp8_w8a16", "NK"), ("fp8_channel", "NK"), ("int4_w4a16", "NK")]
 )

@@ -14,11 +14,11 @@ from fusedmoe.bench import SHAPES, format_for, problem_of
 from fusedmoe.errors import UnsupportedError
 from fusedmoe.plan.config import FEW
 from fusedmoe.plan.planner import choose, support
-from fusedmoe.plan.validity import why_not
+from fusedmoe.plan.validity import why_not, why_not_plan
 from fusedmoe.schemes import format_of
 from fusedmoe.spec.activation import Activation
 from fusedmoe.spec.layout import Matrix
-from fusedmoe.spec.problem import Problem
+from fusedmoe.spec.problem import Adapters, Problem
 from fusedmoe.target import KNOWN, Target
 
 H200 = KNOWN["sm_90"]
@@ -88,6 +88,39 @@ def test_few_slots_fill_their_last_wave(tokens, sizes, columns):
     assert choose(p, H200, "triton").triton.down.block_n == columns
 
 
+FP8_BLOCK, FP8_CHANNEL, INT8, INT4, MXFP4 = (
+    format_of(name) for name in ("fp8_block", "fp8_channel", "int8_w8a8", "int4_w4a16", "mxfp4")
+)
+MIXTRAL = {"top_k": 2, "experts": 8, "hidden": 4096, "intermediate": 14336}
+
+
+@pytest.mark.parametrize(
+    ("single", "options"),
+    [
+        (True, {"tokens": 1}),  # qwen3-30b-a3b: 28 us, on tensor cores 36
+        (True, {"tokens": 4}),  # 84 and 90
+        (False, {"tokens": 8}),  # 156 and 136: slots share experts
+        (True, {"tokens": 1, **MIXTRAL}),  # 177 and 190
+        (False, {"tokens": 2, **MIXTRAL}),
+        (True, {"tokens": 1, "w13_format": INT8, "w2_format": INT8}),
+        (False, {"tokens": 1, "w13_format": INT8, "w2_format": INT8, **MIXTRAL}),  # 166 and 118: conversion of bytes
+        (False, {"tokens": 1, "w13_format": INT4, "w2_format": INT4, **MIXTRAL}),  # 134 and 109
+        (True, {"tokens": 1, "w13_format": MXFP4, "w2_format": MXFP4}),  # 24 and 33
+        (False, {"tokens": 2, "w13_format": MXFP4, "w2_format": MXFP4}),  # 46 and 45
+        (True, {"tokens": 1, "adapters": Adapters(slots=4, rank=16, parts=2)}),  # as without: rows keep their bits
+        (False, {"tokens": 1, "w13": Matrix("N", tma=True)}),
+        (False, {"tokens": 1, "batch_invariant": True}),
+        (False, {"tokens": 1, "top_k": 32}),
+    ],
+    ids=str,
+)
+def test_rows_one_by_one_where_that_is_faster(single, options):
+    p = problem(**options)
+    plan = choose(p, H200, "triton").triton
+    assert plan.single == single
+    assert not why_not_plan(plan, p, H200)
+
+
 def test_tensor_maps_only_where_they_describe_the_matrix():
     tall = {"tokens": 32768}
     assert choose(problem(**tall), H200, "triton").triton.gate_up.maps == "w"
@@ -108,9 +141,6 @@ def test_every_reason_of_every_backend():
         choose(problem(), old, "triton")
     for words in ("not installed", "older than sm_75", "no bfloat16", "backend='torch'"):
         assert words in str(raised.value)
-
-
-FP8_BLOCK, FP8_CHANNEL, INT8 = (format_of(name) for name in ("fp8_block", "fp8_channel", "int8_w8a8"))
 
 
 def both(form, **options) -> Problem:

@@ -224,6 +224,18 @@ def test_specialised_tiles_are_none_of_vllms(tmp_path):
     assert (found["num_warps"], found["BLOCK_SIZE_N"]) == (own.warps, 2 * own.block_n) and not own.specialised
 
 
+def test_single_rows_are_none_of_vllms(tmp_path):
+    layer = {"dtype": torch.bfloat16, "device": CPU, "target": H200, "folder": tmp_path}
+    plan = untuned(problem(tokens=1), H200).triton
+    assert plan.single
+    entry = tables.Entry(slots=8, backend="triton", few=True, gate_up=plan.gate_up, down=plan.down)
+    (tmp_path / tables.name_of(problem(), H200)).write_text(tables.contents([entry], H200, ""))
+    tables.read.cache_clear()
+    assert choose(problem(tokens=1), H200).triton == plan, "read back as written"
+    found = json.loads(export(QWEN, device_name="NVIDIA H200", **layer).read_text())["1"]
+    assert (found["BLOCK_SIZE_M"], found["BLOCK_SIZE_N"]) == (16, 64)
+
+
 def test_a_tuned_file_has_to_be_there(tmp_path):
     with pytest.raises(OptionError, match="wanted a tuned file"):
         export(QWEN, dtype=torch.bfloat16, device=CPU, target=H200, folder=tmp_path, device_name="NVIDIA H200")

@@ -27,8 +27,6 @@ def multiply(product: Product, ids: Ids, groups: int, turns: int, options: dict[
     multiply_as = product.multiply
     if form is not None and form.element in TRITON_TYPES and not gemm.emulate:
         multiply_as = form.element if multiplies(target, form.element) else multiply_as
-    # All that a thread can have: ptxas would stop at 128 and spill 2 bytes (8 slots of dsv3-tp8 in bfloat16).
-    registers = {"maxnreg": 255} if turns > 1 and target.vendor == "nvidia" else {}
     matrix = operand(product.w, multiply_as, product.up, wide, config)
     with device_guard(product.x.ptr.device):
         launch(
@@ -57,6 +55,5 @@ def multiply(product: Product, ids: Ids, groups: int, turns: int, options: dict[
             BLOCK_K=config.block_k,
             CHUNK=chunk(gemm),
             num_warps=config.warps,
-            **registers,
             num_stages=1,
         )

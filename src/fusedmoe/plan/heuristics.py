@@ -117,8 +117,11 @@ def _without_schedule(problem: Problem, target: Target) -> bool:
 
 def triton_plan(problem: Problem, target: Target) -> TritonPlan:
     """The portable pipeline for a problem that the Triton backend supports."""
-    if (single := _single(problem, target)) is not None:
-        return single
+    return _single(problem, target) or tiled_plan(problem, target)
+
+
+def tiled_plan(problem: Problem, target: Target) -> TritonPlan:
+    """That of tiles of many rows, which tensor cores multiply, however few rows there are."""
     mean = problem.mean_rows
     few = _without_schedule(problem, target)
     gemms = problem.gate_up_gemm, problem.down_gemm
@@ -159,17 +162,19 @@ def _single(problem: Problem, target: Target) -> TritonPlan | None:
 def single_plan(problem: Problem, target: Target) -> TritonPlan:
     """Tiles of single rows, whatever speaks against them.
 
-    Programs of one warp, as many as there can be: each waits once for its weights, 64 to 256 bytes a thread, and others
-    hide that.
+    Programs of one warp or two, as many as there can be: each waits for its weights, 64 to 256 bytes a thread, and
+    others hide that.
     """
 
     def tile(gemm: Gemm, turns: int) -> KernelConfig:
         per_byte = gemm.format.per_byte if gemm.format else 1 / bytes_of(gemm.dtype)
+        codes = per_byte == 2  # which are decoded: several columns share the numbers of a row
         if gemm.width == 2:
-            block_n, block_k = (4, 512) if per_byte == 2 else (1, min(1024, int(2048 * per_byte)))
+            block_n, block_k = (4, 512) if codes else (1, min(1024, int(2048 * per_byte)))
         else:
-            block_n, block_k = 2, min(1024, 2048 // turns)
-        config = KernelConfig(block_m=1, block_n=block_n, block_k=block_k, warps=1, stages=1)
+            block_n, block_k = 4 if codes else 2, min(1024, 2048 // turns)
+        warps = 2 if codes and gemm.width == 1 else 1
+        config = KernelConfig(block_m=1, block_n=block_n, block_k=block_k, warps=warps, stages=1)
         if target.interpret:  # few programs
             config = replace(config, block_n=32)
         return replace(config, block_k=max(128, min(config.block_k, _next_power_of_2(gemm.inner))))

@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from fusedmoe.errors import OptionError, explain
 from fusedmoe.plan.config import KernelConfig
-from fusedmoe.plan.heuristics import assemble, tiles_of_height, triton_plan
+from fusedmoe.plan.heuristics import assemble, tiled_plan, tiles_of_height
 from fusedmoe.plan.tables import Entry
 from fusedmoe.plan.validity import why_not_plan
 from fusedmoe.spec.problem import Problem
@@ -97,7 +97,7 @@ def read(text: str, problem: Problem, target: Target) -> tuple[list[Entry], dict
         raise OptionError(explain("tuned file of vLLM", got=got, wanted=wanted, do="Check the path.")) from cause
     calls = [replace(problem, tokens=tokens) for tokens in sorted(tiles) if 0 < tokens < 2**20]
     for call in calls:
-        tile, few = tiles[call.tokens], triton_plan(call, target).few
+        tile, few = tiles[call.tokens], tiled_plan(call, target).few
         gate_up, down = (
             replace(
                 own,

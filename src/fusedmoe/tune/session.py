@@ -20,7 +20,7 @@ from fusedmoe.checks import check
 from fusedmoe.errors import OptionError, UnsupportedError, explain
 from fusedmoe.plan import tables, vllm_json
 from fusedmoe.plan.config import Plan
-from fusedmoe.plan.heuristics import triton_plan
+from fusedmoe.plan.heuristics import tiled_plan
 from fusedmoe.plan.planner import read_files_again, untuned
 from fusedmoe.plan.tables import Entry, contents, name_of
 from fusedmoe.settings import cache_folder
@@ -234,9 +234,10 @@ def export(
     plain = {}
     for entry in entries:
         call = replace(problem, tokens=max(1, entry.slots // problem.top_k))
-        own = triton_plan(call, target).gate_up
-        # A tile of the warp-specialised kernel is none that vLLM could run.
-        tile = entry.gate_up if entry.gate_up and not entry.gate_up.specialised else own
+        # A tile of the warp-specialised kernel, or of one row, is none that vLLM could run.
+        tile = entry.gate_up
+        if tile is None or tile.specialised or tile.block_m == 1:
+            tile = tiled_plan(call, target).gate_up
         plain[call.tokens] = tile
     name = vllm_json.file_name(problem, device_name or torch.cuda.get_device_name(device))
     text = vllm_json.write(plain, problem.gate_up_gemm.width, ".".join(map(str, version_of("triton") or ())))
