@@ -154,7 +154,7 @@ def _measured(scheme: str | None, data: dict[str, Any], rows: dict[tuple[str, in
     yield (
         f"{f'`{scheme}`, ' if scheme else ''}{', '.join(sorted(kinds))}: {data['device']}, torch {versions['torch']}, "
         f"Triton {versions['triton']}; copy {ceilings['bandwidth_gbps']:.0f} GB/s, matrix product {rates} TFLOP/s, "
-        f"empty launch {ceilings['launch_us']:.1f} µs in the same run."
+        f"empty launch {ceilings['launch_us']:.1f} µs in the same run." + _later(data)
     )
     yield ""
     against = f"; times as fast as {' or '.join(peers)}" if peers else ""
@@ -168,6 +168,14 @@ def _measured(scheme: str | None, data: dict[str, Any], rows: dict[tuple[str, in
         yield _row(*["---"] * (sum(t >= 512 for t in tokens) + 1))
         for shape in shapes:
             yield _row(shape, *(f"{rows[shape, t]['tflops']:.0f}" for t in tokens if t >= 512))
+
+
+def _later(data: dict[str, Any]) -> str:
+    """A sentence of the rows that were measured again, since the kernels of so few tokens are others now."""
+    if (later := data.get("later")) is None:
+        return ""
+    tokens, copy = ", ".join(map(str, later["tokens"])), later["ceilings"]["bandwidth_gbps"]
+    return f" T = {tokens} in a later run, of another {later['device']}: copy {copy:.0f} GB/s."
 
 
 def _time(row: dict[str, Any] | None) -> str:
