@@ -173,10 +173,10 @@ def test_pairs_of_rows_that_lie_apart(few, layout, swap):
 )
 def test_single_rows_in_several_steps(form, on):
     """Steps that end before K does, and columns that fill no whole tile."""
-    case = Case.of((3, 5, 40, 200, 104), ids="invalid", bias=True, pad=8, formats=(form, form)).fitted()
+    case = Case.of((2, 3, 40, 200, 72), ids="invalid", bias=True, pad=8, formats=(form, form)).fitted()
     arguments, options = case.draw()
     call, target = check(*arguments, **options), target_of(torch.device("cpu"))
-    tile, wide = (KernelConfig(block_m=1, block_n=16, block_k=k, warps=1, stages=1) for k in (32, 256))
+    tile, wide = (KernelConfig(block_m=1, block_n=64, block_k=k, warps=1, stages=1) for k in (64, 256))
     gate_up, down = (tile, wide) if on == "gate_up" else (wide, tile)
     how = assemble(call.problem, target, few=True, gate_up=gate_up, down=down)
     assert how.single and not why_not_plan(how, call.problem, target)
