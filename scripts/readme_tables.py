@@ -175,7 +175,7 @@ def _later(data: dict[str, Any]) -> str:
     if (later := data.get("later")) is None:
         return ""
     tokens, copy = ", ".join(map(str, later["tokens"])), later["ceilings"]["bandwidth_gbps"]
-    return f" T = {tokens} in a later run, of another {later['device']}: copy {copy:.0f} GB/s."
+    return f" T = {tokens} in a later run: copy {copy:.0f} GB/s."
 
 
 def _time(row: dict[str, Any] | None) -> str:

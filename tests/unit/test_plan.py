@@ -121,6 +121,27 @@ def test_rows_one_by_one_where_that_is_faster(single, options):
     assert not why_not_plan(plan, p, H200)
 
 
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"block_n": 0}, "powers of two"),
+        ({"block_k": 96}, "powers of two"),
+        ({"block_k": 16}, "below 32"),
+        ({"block_n": 128, "block_k": 1024}, "larger than Triton's tensors"),
+        ({"warps": 3}, "warps=3"),
+        ({"words": True}, "by pointer"),
+        ({"pairs": True}, "by pointer"),
+    ],
+    ids=str,
+)
+def test_tiles_of_single_rows_that_cannot_run(change, reason):
+    """As a file could have them, which planned nothing."""
+    plan = choose(problem(1), H200).triton
+    assert plan.single
+    (said,) = why_not_plan(replace(plan, down=replace(plan.down, **change)), problem(1), H200)
+    assert reason in said
+
+
 def test_tensor_maps_only_where_they_describe_the_matrix():
     tall = {"tokens": 32768}
     assert choose(problem(**tall), H200, "triton").triton.gate_up.maps == "w"

@@ -29,7 +29,7 @@ class Backend(Protocol):
         """First GEMM with bias and activation: hidden rows of width I; alone, into ``call.out`` by slot."""
 
     def down(self, call: Call, plan: Plan, schedule: Any, hidden: Any, work: Workspace) -> Any:
-        """Second GEMM with bias and router weight: rows of width H."""
+        """Second GEMM with bias and router weight: rows of width H, or the sums of ``combine``, in ``call.out``."""
 
     def combine(self, call: Call, plan: Plan, schedule: Any, rows: Any, work: Workspace, out: torch.Tensor) -> None:
         """Sum the rows of a token in slot order, in float32, into ``out`` [T, H]; absent experts add +0."""

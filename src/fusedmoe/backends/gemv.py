@@ -44,7 +44,6 @@ def multiply(product: Product, ids: Ids, groups: int, turns: int, options: dict[
             **{name: matrix.policies[name] for name in ("ELEMENT", "SHIFT", "PER_ITEM", "FINISH")},
             TURNS=turns,
             J=triton.next_power_of_2(turns),
-            SCALED=form is not None and form.block[1] != 0,
             GROUP=0 if gemm.inputs is None else gemm.inputs.group,
             EPILOGUE=product.epilogue,
             ACTIVATION=product.activation,

@@ -286,7 +286,7 @@ def _hidden_rows(how: TritonPlan, inputs: Inputs | None, call: Call, work: Works
 
 
 def down(call: Call, plan: Plan, schedule: Routed, hidden: Rows, work: Workspace) -> torch.Tensor:
-    """Rows of the output [S, H] by slot, weighted; a row of an absent slot is never written."""
+    """Rows of the output [S, H] by slot, weighted, absent slots never written; of single rows, their sums."""
     problem, how, after = call.problem, _plan(plan), _overlap(plan)[1]
     assert call.w2 is not None, "a whole layer has a second matrix"
     rows = call.out if (problem.sparse or how.single) and call.out is not None else work["rows"]

@@ -213,16 +213,13 @@ def describe(plan: Plan) -> str:
     if plan.triton is None:
         return "one product per expert"
 
-    path = (
-        "single rows"
-        if plan.triton.single
-        else "few tokens"
-        if plan.triton.few
-        else "gathered"
-        if plan.triton.gather
-        else "scheduled"
-    )
+    path = "gathered" if plan.triton.gather else path_of(few=plan.triton.few, gate_up=plan.triton.gate_up)
     return f"{path}; gate-up {describe_tile(plan.triton.gate_up)}; down {describe_tile(plan.triton.down)}"
+
+
+def path_of(*, few: bool, gate_up: KernelConfig) -> str:
+    """How programs find their rows."""
+    return "single rows" if gate_up.block_m == 1 else "few tokens" if few else "scheduled"
 
 
 def describe_tile(config: KernelConfig) -> str:

@@ -129,12 +129,12 @@ def tune(
 
 def _best(step: Progress) -> str:
     """The best so far, on one line."""
-    from fusedmoe.bench.layer import describe_tile
+    from fusedmoe.bench.layer import describe_tile, path_of
 
     if step.tiles is None:
         return f"T {step.tokens}"
     few, gate_up, down = step.tiles
-    path = "single rows" if gate_up.block_m == 1 else "few tokens" if few else "scheduled"
+    path = path_of(few=few, gate_up=gate_up)
     return f"T {step.tokens}: {step.us:.1f} us, {path}; {describe_tile(gate_up)}; {describe_tile(down)}"
 
 

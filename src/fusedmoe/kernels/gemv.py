@@ -53,7 +53,7 @@ def _weights(
 @triton.jit
 def _added(
     acc, b, a, x, w, expert, live, scale_row, n, n0, inside, k0, PART: tl.constexpr,
-    ELEMENT: tl.constexpr, SHIFT: tl.constexpr, SCALED: tl.constexpr, PER_ITEM: tl.constexpr, GROUP: tl.constexpr,
+    ELEMENT: tl.constexpr, SHIFT: tl.constexpr, PER_ITEM: tl.constexpr, GROUP: tl.constexpr,
     K: tl.constexpr, J: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Sums of CHUNK columns, [J, BLOCK_N, CHUNKS], added to those of earlier tiles."""
@@ -70,7 +70,7 @@ def _added(
     if SHIFT is None:  # sum of (q - z) a
         z = zeros_of_chunks(w, expert, n, inside, k0, PART, K, CHUNKS, CHUNK)
         part -= z * tl.sum(tl.reshape(a, (J, CHUNKS, CHUNK)), 2)[:, None, :]
-    if SCALED:
+    if w.scale_at == "step":
         part *= of_chunks(w.scale, expert, n, n0, inside, k0, PART, K, CHUNKS, CHUNK)
     if x.scale_at == "step":
         part *= rows_of_chunks(x, scale_row, live, k0, GROUP, K, CHUNKS, CHUNK)
@@ -82,7 +82,7 @@ def grouped_gemv(
     ids, x, w, out, e, p,  # Ids, Rows, Weight, Output, Epilogue, Parameters
     k_end,  # K at run time, as grouped_gemm's
     WAIT: tl.constexpr, RELEASE: tl.constexpr, TURNS: tl.constexpr, J: tl.constexpr,
-    ELEMENT: tl.constexpr, SHIFT: tl.constexpr, PER_ITEM: tl.constexpr, SCALED: tl.constexpr, GROUP: tl.constexpr,
+    ELEMENT: tl.constexpr, SHIFT: tl.constexpr, PER_ITEM: tl.constexpr, GROUP: tl.constexpr,
     FINISH: tl.constexpr, EPILOGUE: tl.constexpr, ACTIVATION: tl.constexpr, GATE_UP: tl.constexpr,
     STORE: tl.constexpr, ARRANGE: tl.constexpr, ENCODE: tl.constexpr, LARGEST: tl.constexpr, OUT_GROUP: tl.constexpr,
     N: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, CHUNK: tl.constexpr,
@@ -118,12 +118,12 @@ def grouped_gemv(
     a = _rows(x, row, live, k, K)
     acc = _added(
         acc, b, a, x, w, at, live, scale_row, n, n0, inside, 0, 0,
-        ELEMENT, SHIFT, SCALED, PER_ITEM, GROUP, K, J, BLOCK_N, BLOCK_K, CHUNK,
+        ELEMENT, SHIFT, PER_ITEM, GROUP, K, J, BLOCK_N, BLOCK_K, CHUNK,
     )  # fmt: skip
     if GATE_UP is not None:
         acc_up = _added(
             acc_up, b_up, a, x, w, at, live, scale_row, n_up, n0, inside, 0, PART,
-            ELEMENT, SHIFT, SCALED, PER_ITEM, GROUP, K, J, BLOCK_N, BLOCK_K, CHUNK,
+            ELEMENT, SHIFT, PER_ITEM, GROUP, K, J, BLOCK_N, BLOCK_K, CHUNK,
         )  # fmt: skip
     if BLOCK_K < K:
         for k0 in tl.range(BLOCK_K, k_end, BLOCK_K, num_stages=1):
@@ -133,12 +133,12 @@ def grouped_gemv(
             a = _rows(x, row, live, k0 + k, K)
             acc = _added(
                 acc, b, a, x, w, at, live, scale_row, n, n0, inside, k0, 0,
-                ELEMENT, SHIFT, SCALED, PER_ITEM, GROUP, K, J, BLOCK_N, BLOCK_K, CHUNK,
+                ELEMENT, SHIFT, PER_ITEM, GROUP, K, J, BLOCK_N, BLOCK_K, CHUNK,
             )  # fmt: skip
             if GATE_UP is not None:
                 acc_up = _added(
                     acc_up, b_up, a, x, w, at, live, scale_row, n_up, n0, inside, k0, PART,
-                    ELEMENT, SHIFT, SCALED, PER_ITEM, GROUP, K, J, BLOCK_N, BLOCK_K, CHUNK,
+                    ELEMENT, SHIFT, PER_ITEM, GROUP, K, J, BLOCK_N, BLOCK_K, CHUNK,
                 )  # fmt: skip
 
     sums, sums_up = tl.sum(acc, 2), tl.sum(acc_up, 2)

@@ -122,8 +122,14 @@ def chunk(gemm: Gemm) -> int:
 def why_not_single(config: KernelConfig, gemm: Gemm) -> list[str]:
     """Every reason against multiplying a row alone."""
     reasons = []
-    if config.block_k & (config.block_k - 1) or config.block_n & (config.block_n - 1):
+    if config.block_n < 1 or config.block_k & (config.block_k - 1) or config.block_n & (config.block_n - 1):
         reasons.append(f"block_n={config.block_n} and block_k={config.block_k} must be powers of two")
+    if config.block_n * config.block_k > 1 << 16:
+        reasons.append(f"a tile of {config.block_n} x {config.block_k} for each slot is larger than Triton's tensors")
+    if config.warps not in (1, 2, 4, 8, 16):
+        reasons.append(f"warps={config.warps} is not 1, 2, 4, 8 or 16")
+    if config.maps != "none" or config.words or config.pairs or config.specialised:
+        reasons.append("reads weights by pointer, into registers, as they are")
     if config.block_k < 32:
         reasons.append(f"block_k={config.block_k} is below 32, the 4-bit codes of 16 bytes")
     if gemm.matrix.contiguous != "K":
