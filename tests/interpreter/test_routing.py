@@ -48,7 +48,9 @@ def test_schedule(shape, ids):
     counts = torch.tensor([len(s) for s in by_expert])
     assert work["offset"].tolist() == [0, *counts.cumsum(0).tolist()]
     # sorted by expert, and by slot within an expert: the same schedule in every run
-    assert work["slot"][: int(counts.sum())].tolist() == torch.cat(by_expert).tolist()
+    sorted_slots = torch.cat(by_expert)
+    assert work["slot"][: int(counts.sum())].tolist() == sorted_slots.tolist()
+    assert work["row"][sorted_slots].tolist() == list(range(len(sorted_slots)))
     block_m = plan.triton.gate_up.block_m
     tiles = [(e, int(work["offset"][e]) + m) for e in range(n_experts) for m in range(0, int(counts[e]), block_m)]
     n_tiles = int(work["n_tiles"])

@@ -54,6 +54,7 @@ def layout(problem: Problem) -> Layout:
     slots = problem.slots
     named: Layout = {
         "slot": ((slots,), torch.int32),
+        "row": ((slots,), torch.int32),
         "offset": ((problem.experts + 1,), torch.int32),
         "tile_expert": ((max_tiles,), torch.int32),
         "tile_row": ((max_tiles,), torch.int32),
@@ -90,7 +91,7 @@ def sort(
         first, after: launch options of the first launch, and of those that follow it.
     """
     problem, ids = call.problem, ids_of(call)
-    schedule = Schedule(work["slot"], work["offset"], work["tile_expert"], work["tile_row"], work["n_tiles"])
+    schedule = Schedule(*(work[name] for name in Schedule._fields))
     max_tiles = _max_tiles(problem, block_m)
     n_experts = problem.experts
     e_pad = max(2, triton.next_power_of_2(n_experts))

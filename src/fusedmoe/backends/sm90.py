@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
@@ -13,6 +14,14 @@ from fusedmoe.backends.weights import operand, stacked_rows
 from fusedmoe.kernels import step
 from fusedmoe.kernels.grouped_gemm_sm90 import grouped_gemm_sm90
 from fusedmoe.kernels.operands import Schedule
+
+#: Types of results, as Gluon calls them.
+_GLUON = {
+    torch.float16: gl.float16,
+    torch.bfloat16: gl.bfloat16,
+    torch.float8_e4m3fn: gl.float8e4nv,
+    torch.int8: gl.int8,
+}
 
 
 def multiply(product: Product, options: dict[str, Any], schedule: Schedule, programs: int) -> None:
@@ -31,17 +40,26 @@ def multiply(product: Product, options: dict[str, Any], schedule: Schedule, prog
     x_desc = None
     if config.maps == "xw":
         x_desc = TensorDescriptor(x.ptr, [x.ptr.shape[0], k], [x.stride_row, 1], [64, config.block_k], x_layout)
+    out = product.out
+    out_layout = out_desc = None
+    if not config.words:
+        at_once = [16 * config.warps, half]
+        out_layout = gl.NVMMASharedLayout.get_default_for(at_once, _GLUON[out.ptr.dtype])
+        if not out.by_slot.value:  # slots of neighbouring rows lie anywhere
+            shape = [out.ptr.shape[0], product.gemm.columns]
+            out_desc = TensorDescriptor(out.ptr, shape, [out.stride_row, 1], at_once, out_layout)
     launch(
         grouped_gemm_sm90,
         (programs,),
         schedule,
         x,
         matrix.weight._replace(rows_per_expert=per_expert),
-        product.out,
+        out,
         product.e,
         product.p,
         x_desc,
         w_desc,
+        out_desc,
         k,
         **options,
         **{name: product.stored[name] for name in ("STORE", "ARRANGE", "ENCODE", "LARGEST", "OUT_GROUP")},
@@ -53,6 +71,7 @@ def multiply(product: Product, options: dict[str, Any], schedule: Schedule, prog
         K=k,
         SUM="words" if config.words else "groups" if policies["STEP"] is step.scaled_product else "running",
         X_LAYOUT=x_layout,
+        OUT_LAYOUT=out_layout,
         BLOCK_K=config.block_k,
         STAGES=config.stages,
         GROUP_M=config.group_m,

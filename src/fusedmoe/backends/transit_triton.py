@@ -62,7 +62,7 @@ def reduce(rows: Tensor, index: Tensor, weights: Tensor | None, out: Tensor) -> 
         launch(
             combine,
             (n_tokens, math.ceil(n_columns / block)),
-            *(_numbers(index, rows.shape[0]), rows, rows.stride(0), weights, *strides),
+            *(_numbers(index, rows.shape[0]), None, rows, rows.stride(0), weights, *strides),
             *(out, out.stride(0), out.stride(1)),
             WAIT=overlap.nothing,
             ROW=by_id,

@@ -36,7 +36,7 @@ from fusedmoe.kernels import (
     store,
     tiles,
 )
-from fusedmoe.kernels.combine import by_slot, combine as combine_kernel
+from fusedmoe.kernels.combine import by_row, by_slot, combine as combine_kernel
 from fusedmoe.kernels.gather import gather as gather_kernel
 from fusedmoe.kernels.grouped_gemm import grouped_gemm
 from fusedmoe.kernels.operands import (
@@ -286,7 +286,9 @@ def _hidden_rows(how: TritonPlan, inputs: Inputs | None, call: Call, work: Works
 
 
 def down(call: Call, plan: Plan, schedule: Routed, hidden: Rows, work: Workspace) -> torch.Tensor:
-    """Rows of the output [S, H] by slot, weighted, absent slots never written; of single rows, their sums."""
+    """Rows of the output [S, H], weighted, sorted where there is a schedule, absent slots never written; or their sums:
+    of single rows, and of tokens with one expert.
+    """
     problem, how, after = call.problem, _plan(plan), _overlap(plan)[1]
     assert call.w2 is not None, "a whole layer has a second matrix"
     rows = call.out if (problem.sparse or how.single) and call.out is not None else work["rows"]
@@ -304,7 +306,7 @@ def down(call: Call, plan: Plan, schedule: Routed, hidden: Rows, work: Workspace
         hidden,
         call.w2,
         how.multiply[1],
-        Output(rows, rows.stride(0), tl.constexpr(True), stride_column=rows.stride(1)),
+        Output(rows, rows.stride(0), tl.constexpr(problem.sparse), stride_column=rows.stride(1)),
         e,
         follows,
         PLAIN,
@@ -325,9 +327,9 @@ def combine(call: Call, plan: Plan, schedule: Routed, rows: torch.Tensor, work: 
         launch(
             combine_kernel,
             (n_tokens, math.ceil(n_columns / block)),
-            *(schedule.ids, rows, rows.stride(0), None, 0, 0, out, out.stride(0), out.stride(1)),
+            *(schedule.ids, schedule.schedule, rows, rows.stride(0), None, 0, 0, out, out.stride(0), out.stride(1)),
             **options,
-            ROW=by_slot,
+            ROW=by_slot if schedule.schedule is None else by_row,
             H=n_columns,
             BLOCK_H=block,
         )

@@ -1,4 +1,5 @@
-"""What happens to an accumulator before it is stored: ``f(acc, e, expert, slot, live, col, inside) -> acc``.
+"""What happens to an accumulator before it is stored: ``f(acc, e, weight, expert, slot, live, col, inside) -> acc``,
+where :func:`weight_of` has the router weights of its rows.
 
 All float32; the one cast is the store. Epilogues transform what they are given and create nothing.
 Two orders exist, because two orders are asked for:
@@ -23,19 +24,28 @@ def add_bias(acc, e, expert, col, inside):
 
 
 @triton.jit
-def weigh(acc, e, slot, live):
+def weight_of(e, slot, live):
+    """Router weights of slots; none where the epilogue has none."""
     if e.weight is not None:
         token = (slot // e.top_k).to(tl.int64)
         address = e.weight + token * e.weight_stride_t + (slot % e.top_k).to(tl.int64) * e.weight_stride_j
-        acc *= tl.load(address, mask=live, other=0.0).to(tl.float32)[:, None]
+        return tl.load(address, mask=live, other=0.0).to(tl.float32)
+    else:
+        return 0.0
+
+
+@triton.jit
+def weigh(acc, e, weight):
+    if e.weight is not None:
+        acc *= weight[:, None]
     return acc
 
 
 @triton.jit
-def weigh_then_bias(acc, e, expert, slot, live, col, inside):
-    return add_bias(weigh(acc, e, slot, live), e, expert, col, inside)
+def weigh_then_bias(acc, e, weight, expert, slot, live, col, inside):
+    return add_bias(weigh(acc, e, weight), e, expert, col, inside)
 
 
 @triton.jit
-def bias_then_weigh(acc, e, expert, slot, live, col, inside):
-    return weigh(add_bias(acc, e, expert, col, inside), e, slot, live)
+def bias_then_weigh(acc, e, weight, expert, slot, live, col, inside):
+    return weigh(add_bias(acc, e, expert, col, inside), e, weight)

@@ -19,7 +19,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fusedmoe.kernels.scales import of_chunks, row_of, rows_of_chunks, zeros_of_chunks
+from fusedmoe.kernels.epilogue import weight_of
+from fusedmoe.kernels.scales import of_chunks, of_whole_rows, row_of, rows_of_chunks, zeros_of_chunks
 from fusedmoe.kernels.store import keep, write
 from fusedmoe.kernels.tiles import local_expert
 
@@ -150,14 +151,15 @@ def grouped_gemv(
         there = tl.max((mine & live).to(tl.int32), 0) + tl.zeros((1,), tl.int32)
         its_slot = group * TURNS + j + tl.zeros((1,), tl.int32)
         its_row = its_slot if x.per is None else its_slot // x.per
-        its_scale = row_of(x, its_row, its_slot)
+        r = of_whole_rows(x, row_of(x, its_row, its_slot), there > 0)
+        weight = weight_of(e, its_slot, there > 0)
         result = tl.sum(tl.where(mine[:, None], sums, 0.0), 0)[None, :]
-        result = FINISH(result, x, w, its_scale, there > 0, one, n, n0, inside, 0)
-        result = EPILOGUE(result, e, one, its_slot, there > 0, n, inside)
+        result = FINISH(result, x, w, r, one, n, n0, inside, 0)
+        result = EPILOGUE(result, e, weight, one, its_slot, there > 0, n, inside)
         if GATE_UP is not None:
             other = tl.sum(tl.where(mine[:, None], sums_up, 0.0), 0)[None, :]
-            other = FINISH(other, x, w, its_scale, there > 0, one, n_up, n0, inside, PART)
-            other = EPILOGUE(other, e, one, its_slot, there > 0, up, inside)
+            other = FINISH(other, x, w, r, one, n_up, n0, inside, PART)
+            other = EPILOGUE(other, e, weight, one, its_slot, there > 0, up, inside)
             result = ACTIVATION(result, other, p)
         elif ACTIVATION is not None:
             result = ACTIVATION(result, p)

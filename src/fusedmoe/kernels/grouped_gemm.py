@@ -17,8 +17,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fusedmoe.kernels.epilogue import weight_of
 from fusedmoe.kernels.load import in_pairs
-from fusedmoe.kernels.scales import of_rows, row_of
+from fusedmoe.kernels.scales import of_rows, of_whole_rows, row_of
 from fusedmoe.kernels.store import keep, write
 
 
@@ -97,15 +98,17 @@ def grouped_gemm(
 
         if SWAP:
             acc = tl.trans(acc)
-        acc = FINISH(acc, x, w, scale_row, live, expert, n, n0, inside, 0)
+        r_all = of_whole_rows(x, scale_row, live)
+        weight = weight_of(e, slot, live)
+        acc = FINISH(acc, x, w, r_all, expert, n, n0, inside, 0)
         if GATE_UP == "pairs":
             n = in_pairs(n, w)
-        acc = EPILOGUE(acc, e, expert, slot, live, n, inside)
+        acc = EPILOGUE(acc, e, weight, expert, slot, live, n, inside)
         if GATE_UP == "concatenated":
             if SWAP:
                 acc_up = tl.trans(acc_up)
-            acc_up = FINISH(acc_up, x, w, scale_row, live, expert, n, n0, inside, 1)
-            acc_up = EPILOGUE(acc_up, e, expert, slot, live, w.up + n, inside)
+            acc_up = FINISH(acc_up, x, w, r_all, expert, n, n0, inside, 1)
+            acc_up = EPILOGUE(acc_up, e, weight, expert, slot, live, w.up + n, inside)
             result = ACTIVATION(acc, acc_up, p)
         elif ALTERNATE:
             gate, up = tl.split(tl.reshape(acc, (BLOCK_M, BLOCK_N, 2)))

@@ -12,6 +12,9 @@ count stages alike over all tiles of the program, so that the ring never drains 
 A tile multiplies WIDE rows of weights: as one sum, or, where scales are applied step by step, as two sums of half the
 columns that share the registers of one product. Both ways what follows the sums sees two halves: gate and up where
 they are concatenated.
+
+A result leaves by way of a buffer of its consumers, from where a tensor map takes it while they go on; the last tile of
+an expert, whose rows belong to the next one from some row on, is written by pointer.
 """
 
 from __future__ import annotations
@@ -27,7 +30,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from fusedmoe.kernels.scales import none, of_rows, of_words, row_of
+from fusedmoe.kernels.epilogue import weight_of
+from fusedmoe.kernels.scales import none, of_rows, of_whole_rows, of_words, row_of
 from fusedmoe.kernels.step import add_scaled
 from fusedmoe.kernels.store import write
 from fusedmoe.kernels.tiles import scheduled_tile
@@ -37,6 +41,7 @@ BLOCK_M = gl.constexpr(128)
 WIDE = gl.constexpr(256)
 #: Names that Triton 3.9 gave to what 3.6 to 3.8 have.
 load_box = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+store_box = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
 load_rows = async_copy.async_load if hasattr(async_copy, "async_load") else async_copy.async_copy_global_to_shared
 REINTERPRET_IS_PUBLIC = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
 
@@ -344,38 +349,76 @@ def _sum_of_words(
 
 
 @gluon.jit
+def _facts(schedule, x, e, row0, end, LAYOUT: gl.constexpr, COUNT: gl.constexpr):
+    """Of rows: their slots, which of them are live, scales that hold for all of K, and router weights."""
+    row, live, slot = _rows(row0, end, schedule, LAYOUT, COUNT)
+    return slot, live, of_whole_rows(x, row_of(x, row, slot), live), weight_of(e, slot, live)
+
+
+@gluon.jit
+def _laid(values, LAYOUT: gl.constexpr):
+    """Facts of rows in the layout of half of their sums, which is another name for the same place."""
+    if values.type.is_block():
+        return gl.convert_layout(values, gl.SliceLayout(1, LAYOUT), assert_trivial=True)
+    else:
+        return values
+
+
+@gluon.jit
 def _finished(
-    acc, schedule, x, w, e, expert, row0, end, n0,
+    acc, x, w, e, slot, live, r, weight, expert, n0,
     PART: gl.constexpr, EVERY: gl.constexpr, LIMIT: gl.constexpr, FINISH: gl.constexpr, EPILOGUE: gl.constexpr,
 ):  # fmt: skip
     """What follows the sum of columns ``n0, n0 + EVERY ...`` of a part of the weights, up to its activation."""
     LAYOUT: gl.constexpr = acc.type.layout
-    row, live, slot = _rows(row0, end, schedule, LAYOUT, acc.shape[0])
-    scale_row = row_of(x, row, slot)
+    slot, live, r, weight = _laid(slot, LAYOUT), _laid(live, LAYOUT), _laid(r, LAYOUT), _laid(weight, LAYOUT)
     n = n0 + EVERY * gl.arange(0, acc.shape[1], gl.SliceLayout(0, LAYOUT))
     inside = n < LIMIT
-    acc = FINISH(acc, x, w, scale_row, live, expert, n, gl.minimum(n0, LIMIT - 1), inside, PART)
-    return EPILOGUE(acc, e, expert, slot, live, PART * w.up + n, inside)
+    acc = FINISH(acc, x, w, r, expert, n, gl.minimum(n0, LIMIT - 1), inside, PART)
+    return EPILOGUE(acc, e, weight, expert, slot, live, PART * w.up + n, inside)
+
+
+@gluon.jit
+def _write_live(value, schedule, out, row0, end, column0, COLUMNS: gl.constexpr):
+    """Live rows alone, by pointer."""
+    LAYOUT: gl.constexpr = value.type.layout
+    row, live, slot = _rows(row0, end, schedule, LAYOUT, value.shape[0])
+    column = column0 + gl.arange(0, value.shape[1], gl.SliceLayout(0, LAYOUT))
+    write(value, out, slot if out.by_slot else row, live, column, COLUMNS)
 
 
 @gluon.jit
 def _store(
-    result, schedule, out, row0, end, column0,
-    COLUMNS: gl.constexpr, STORE: gl.constexpr, ARRANGE: gl.constexpr, ENCODE: gl.constexpr, LARGEST: gl.constexpr,
-    OUT_GROUP: gl.constexpr,
+    result, schedule, out, out_desc, buffers, row0, end, column0,
+    CONSUMER: gl.constexpr, COLUMNS: gl.constexpr, STORE: gl.constexpr, ARRANGE: gl.constexpr, ENCODE: gl.constexpr,
+    LARGEST: gl.constexpr, OUT_GROUP: gl.constexpr,
 ):  # fmt: skip
+    """By way of shared memory, where a tensor map takes whole tiles while this consumer goes on. Where neighbours have
+    neighbouring columns already (no buffers), from registers.
+    """
     ROWS: gl.constexpr = result.shape[0]
     BLOCK_N: gl.constexpr = result.shape[1]
     SUMMED: gl.constexpr = result.type.layout
     row, live, slot = _rows(row0, end, schedule, SUMMED, ROWS)
     column = column0 + gl.arange(0, BLOCK_N, gl.SliceLayout(0, SUMMED))
     dest = slot if out.by_slot else row
-    value = STORE(result, out, dest, live, column, COLUMNS, ROWS, BLOCK_N, ENCODE, LARGEST, OUT_GROUP)
+    value = ARRANGE(STORE(result, out, dest, live, column, COLUMNS, ROWS, BLOCK_N, ENCODE, LARGEST, OUT_GROUP))
     LAYOUT: gl.constexpr = _coalesced(BLOCK_N, value.dtype.primitive_bitwidth, gl.num_warps())
-    row, live, slot = _rows(row0, end, schedule, LAYOUT, ROWS)
-    column = column0 + gl.arange(0, BLOCK_N, gl.SliceLayout(0, LAYOUT))
-    dest = slot if out.by_slot else row
-    write(gl.convert_layout(ARRANGE(value), LAYOUT), out, dest, live, column, COLUMNS)
+    if buffers is None:
+        _write_live(gl.convert_layout(value, LAYOUT), schedule, out, row0, end, column0, COLUMNS)
+    else:
+        tma.store_wait(0)  # the tile before has left
+        # Addresses in a buffer are the same in every tile. Computed anew from a number that the compiler does not know,
+        # they take no registers while products are added up.
+        number = gl.inline_asm_elementwise("mov.u32 $0, $1;", "=r,r", [row0 * 0 + CONSUMER], gl.int32, False, 1)
+        buffer = buffers.index(number)
+        buffer.store(value)
+        whole = row0 + ROWS <= end if out_desc is not None else False
+        if whole:
+            fence_async_shared()
+            store_box(out_desc, [row0, column0], buffer)
+        else:
+            _write_live(buffer.load(LAYOUT), schedule, out, row0, end, column0, COLUMNS)
 
 
 @gluon.jit
@@ -387,36 +430,46 @@ def _activated_pairs(acc, p, ACTIVATION: gl.constexpr):
 
 @gluon.jit
 def _conclude(
-    left, right, schedule, x, w, out, e, p, expert, row0, end, n0, second, column0,
-    PARTS: gl.constexpr, EVERY: gl.constexpr, LIMIT: gl.constexpr, COLUMNS: gl.constexpr, FINISH: gl.constexpr,
-    EPILOGUE: gl.constexpr, ACTIVATION: gl.constexpr, GATE_UP: gl.constexpr, STORE: gl.constexpr,
-    ARRANGE: gl.constexpr, ENCODE: gl.constexpr, LARGEST: gl.constexpr, OUT_GROUP: gl.constexpr,
+    left, right, schedule, x, w, out, out_desc, buffers, e, p, slot, live, r, weight, expert, row0, end, n0, second,
+    column0,
+    CONSUMER: gl.constexpr, PARTS: gl.constexpr, EVERY: gl.constexpr, LIMIT: gl.constexpr, COLUMNS: gl.constexpr,
+    FINISH: gl.constexpr, EPILOGUE: gl.constexpr, ACTIVATION: gl.constexpr, GATE_UP: gl.constexpr,
+    STORE: gl.constexpr, ARRANGE: gl.constexpr, ENCODE: gl.constexpr, LARGEST: gl.constexpr, OUT_GROUP: gl.constexpr,
 ):  # fmt: skip
     """All that follows two sums, of columns ``n0 ...`` and ``second ...``: gate and up, or (EVERY == 1) two halves."""
-    left = _finished(left, schedule, x, w, e, expert, row0, end, n0, 0, EVERY, LIMIT, FINISH, EPILOGUE)
+    left = _finished(left, x, w, e, slot, live, r, weight, expert, n0, 0, EVERY, LIMIT, FINISH, EPILOGUE)
     # One half after the other where they do not meet: fewer registers.
     if GATE_UP is None:
         if ACTIVATION is not None:
             left = ACTIVATION(left, p)
-        _store(left, schedule, out, row0, end, n0, COLUMNS, STORE, ARRANGE, ENCODE, LARGEST, OUT_GROUP)
+        _store(
+            left, schedule, out, out_desc, buffers, row0, end, n0,
+            CONSUMER, COLUMNS, STORE, ARRANGE, ENCODE, LARGEST, OUT_GROUP,
+        )  # fmt: skip
     elif GATE_UP == "interleaved" and EVERY == 1:
         left = _activated_pairs(left, p, ACTIVATION)
-    right = _finished(right, schedule, x, w, e, expert, row0, end, second, PARTS - 1, EVERY, LIMIT, FINISH, EPILOGUE)
+    right = _finished(right, x, w, e, slot, live, r, weight, expert, second, PARTS - 1, EVERY, LIMIT, FINISH, EPILOGUE)
     if GATE_UP is None:
         if ACTIVATION is not None:
             right = ACTIVATION(right, p)
-        _store(right, schedule, out, row0, end, second, COLUMNS, STORE, ARRANGE, ENCODE, LARGEST, OUT_GROUP)
+        _store(
+            right, schedule, out, out_desc, buffers, row0, end, second,
+            CONSUMER, COLUMNS, STORE, ARRANGE, ENCODE, LARGEST, OUT_GROUP,
+        )  # fmt: skip
     else:
         if GATE_UP == "interleaved" and EVERY == 1:
             result = _beside(left, _activated_pairs(right, p, ACTIVATION))
         else:
             result = ACTIVATION(left, right, p)
-        _store(result, schedule, out, row0, end, column0, COLUMNS, STORE, ARRANGE, ENCODE, LARGEST, OUT_GROUP)
+        _store(
+            result, schedule, out, out_desc, buffers, row0, end, column0,
+            CONSUMER, COLUMNS, STORE, ARRANGE, ENCODE, LARGEST, OUT_GROUP,
+        )  # fmt: skip
 
 
 @gluon.jit
 def _consume(
-    schedule, x, w, out, e, p, rows, weights, ready, empty, first, n_tiles, step, k_end,
+    schedule, x, w, out, out_desc, buffers, e, p, rows, weights, ready, empty, first, n_tiles, step, k_end,
     CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr, GATHER: gl.constexpr, SUM: gl.constexpr,
     ACCUMULATE: gl.constexpr, LOAD_SCALES: gl.constexpr, MATH: gl.constexpr, ELEMENT: gl.constexpr,
     FINISH: gl.constexpr, EPILOGUE: gl.constexpr, ACTIVATION: gl.constexpr, GATE_UP: gl.constexpr,
@@ -448,6 +501,8 @@ def _consume(
             n0 = block_n * (WIDE // PARTS) + CONSUMER * ((WIDE - SHARE) // PARTS)
             second = n0 if PARTS == 2 else n0 + 1 if PAIRS else n0 + SHARE // 2
             EVERY: gl.constexpr = 2 if PAIRS else 1
+            if SUM == "running":  # long before they are needed; sums of groups leave no registers for them
+                slot, live, r, weight = _facts(schedule, x, e, mine, end, LAYOUT, ROWS)
             if DECODED:
                 WORD_ROWS: gl.constexpr = gl.SliceLayout(1, _words(weights.shape[2], 1))
                 n = EVERY * gl.arange(0, SHARE // 2, WORD_ROWS)[:, None]
@@ -460,6 +515,7 @@ def _consume(
                     rows, weights, ready, empty, stage, phase, k_end, schedule, x, w, expert, mine, end, n0,
                     CONSUMER, CONSUMERS, GATHER, PARTS, LIMIT, LOAD_SCALES, LAYOUT, K, BLOCK_K, STAGES,
                 )  # fmt: skip
+                slot, live, r, weight = _facts(schedule, x, e, mine, end, LAYOUT, ROWS)
             else:
                 acc, stage, phase = _running_sum(
                     rows, weights, ready, empty, stage, phase, k_end,
@@ -472,22 +528,28 @@ def _consume(
                 left, lower_left = _halves(left)
                 right, lower_right = _halves(right)
                 left, right = gl.convert_layout(left.T, ROW), gl.convert_layout(right.T, ROW)
+                slot, live, r, weight = _facts(schedule, x, e, mine, end, ROW, BLOCK_M // 2)
                 _conclude(
-                    left, right, schedule, x, w, out, e, p, expert, mine, end, n0, second, n0 * PARTS // 2,
-                    PARTS, EVERY, LIMIT, COLUMNS, FINISH, EPILOGUE, ACTIVATION, GATE_UP, STORE, ARRANGE, ENCODE,
-                    LARGEST, OUT_GROUP,
+                    left, right, schedule, x, w, out, out_desc, buffers, e, p, slot, live, r, weight, expert, mine, end,
+                    n0, second, n0 * PARTS // 2,
+                    CONSUMER, PARTS, EVERY, LIMIT, COLUMNS, FINISH, EPILOGUE, ACTIVATION, GATE_UP, STORE, ARRANGE,
+                    ENCODE, LARGEST, OUT_GROUP,
                 )  # fmt: skip
                 left, right = gl.convert_layout(lower_left.T, ROW), gl.convert_layout(lower_right.T, ROW)
                 mine += BLOCK_M // 2
+                slot, live, r, weight = _facts(schedule, x, e, mine, end, ROW, BLOCK_M // 2)
             if not DECODED or mine < end:
                 _conclude(
-                    left, right, schedule, x, w, out, e, p, expert, mine, end, n0, second, n0 * PARTS // 2,
-                    PARTS, EVERY, LIMIT, COLUMNS, FINISH, EPILOGUE, ACTIVATION, GATE_UP, STORE, ARRANGE, ENCODE,
-                    LARGEST, OUT_GROUP,
+                    left, right, schedule, x, w, out, out_desc, buffers, e, p, slot, live, r, weight, expert, mine, end,
+                    n0, second, n0 * PARTS // 2,
+                    CONSUMER, PARTS, EVERY, LIMIT, COLUMNS, FINISH, EPILOGUE, ACTIVATION, GATE_UP, STORE, ARRANGE,
+                    ENCODE, LARGEST, OUT_GROUP,
                 )  # fmt: skip
         else:
             stage, phase = _skip(ready, empty, stage, phase, k_end, BLOCK_K, STAGES)
         expert, row0, end, block_n = next_expert, next_row0, next_end, next_block_n
+    if buffers is not None:
+        tma.store_wait(0)
 
 
 # --- kernel --------------------------------------------------------------------------------------------
@@ -496,7 +558,7 @@ def _consume(
 @gluon.jit
 def grouped_gemm_sm90(
     schedule, x, w, out, e, p,  # Schedule, Rows, Weight, Output, Epilogue, Parameters
-    x_desc, w_desc,  # tensor maps; x_desc None: rows are gathered
+    x_desc, w_desc, out_desc,  # tensor maps; x_desc None: rows are gathered; out_desc None: stored by pointer
     k_end,
     WAIT: gl.constexpr, RELEASE: gl.constexpr, LOAD_SCALES: gl.constexpr, MATH: gl.constexpr, ELEMENT: gl.constexpr,
     FINISH: gl.constexpr, EPILOGUE: gl.constexpr, ACTIVATION: gl.constexpr, GATE_UP: gl.constexpr,
@@ -504,6 +566,7 @@ def grouped_gemm_sm90(
     N: gl.constexpr, K: gl.constexpr, ACCUMULATE: gl.constexpr,
     SUM: gl.constexpr,  # "running"; "groups": scales are applied to the product of a step; "words": to decoded weights
     X_LAYOUT: gl.constexpr,  # of rows in shared memory
+    OUT_LAYOUT: gl.constexpr,  # of results there, or None: they are stored from registers
     BLOCK_K: gl.constexpr, STAGES: gl.constexpr, GROUP_M: gl.constexpr,
     CONSUMERS: gl.constexpr,
 ):  # fmt: skip
@@ -520,6 +583,12 @@ def grouped_gemm_sm90(
     left = _seen_as(rows, [STAGES * SHARERS, BLOCK_M // SHARERS, BLOCK_K])
     HALVES: gl.constexpr = 2 if SUM == "groups" else PARTS if SUM == "words" else 1
     right = _seen_as(weights, [STAGES * HALVES, WIDE // HALVES, COUNT])
+    if OUT_LAYOUT is None:
+        buffers: gl.constexpr = None
+    else:
+        # What a group of consumers stores at a time: half of its columns, or what they are gate and up of.
+        ITEM: gl.constexpr = out.ptr.dtype.element_ty
+        buffers = gl.allocate_shared_memory(ITEM, [CONSUMERS, BLOCK_M // CONSUMERS, WIDE // 2], OUT_LAYOUT)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
@@ -541,18 +610,21 @@ def grouped_gemm_sm90(
         gl.warp_specialize([
             (_produce, (schedule, x, w, x_desc, w_desc, rows, weights, ready, empty, first, n_tiles, step, k_end,
                         PARTS, K, BLOCK_K, STAGES, N_BLOCKS, GROUP_M)),
-            (_consume, (schedule, x, w, out, e, p, left, right, ready, empty, first, n_tiles, step, k_end, 0, CONSUMERS,
-                        GATHER, SUM, ACCUMULATE, LOAD_SCALES, MATH, ELEMENT, FINISH, EPILOGUE, ACTIVATION, GATE_UP,
-                        STORE, ARRANGE, ENCODE, LARGEST, OUT_GROUP, N, K, BLOCK_K, STAGES, N_BLOCKS, GROUP_M)),
-            (_consume, (schedule, x, w, out, e, p, left, right, ready, empty, first, n_tiles, step, k_end, 1, CONSUMERS,
-                        GATHER, SUM, ACCUMULATE, LOAD_SCALES, MATH, ELEMENT, FINISH, EPILOGUE, ACTIVATION, GATE_UP,
-                        STORE, ARRANGE, ENCODE, LARGEST, OUT_GROUP, N, K, BLOCK_K, STAGES, N_BLOCKS, GROUP_M)),
+            (_consume, (schedule, x, w, out, out_desc, buffers, e, p, left, right, ready, empty, first, n_tiles,
+                        step, k_end, 0, CONSUMERS, GATHER, SUM, ACCUMULATE, LOAD_SCALES, MATH, ELEMENT, FINISH,
+                        EPILOGUE, ACTIVATION, GATE_UP, STORE, ARRANGE, ENCODE, LARGEST, OUT_GROUP, N, K, BLOCK_K,
+                        STAGES, N_BLOCKS, GROUP_M)),
+            (_consume, (schedule, x, w, out, out_desc, buffers, e, p, left, right, ready, empty, first, n_tiles,
+                        step, k_end, 1, CONSUMERS, GATHER, SUM, ACCUMULATE, LOAD_SCALES, MATH, ELEMENT, FINISH,
+                        EPILOGUE, ACTIVATION, GATE_UP, STORE, ARRANGE, ENCODE, LARGEST, OUT_GROUP, N, K, BLOCK_K,
+                        STAGES, N_BLOCKS, GROUP_M)),
         ], [4, 4], [REGISTERS, REGISTERS])  # fmt: skip
     else:
         gl.warp_specialize([
             (_produce, (schedule, x, w, x_desc, w_desc, rows, weights, ready, empty, first, n_tiles, step, k_end,
                         PARTS, K, BLOCK_K, STAGES, N_BLOCKS, GROUP_M)),
-            (_consume, (schedule, x, w, out, e, p, left, right, ready, empty, first, n_tiles, step, k_end, 0, CONSUMERS,
-                        GATHER, SUM, ACCUMULATE, LOAD_SCALES, MATH, ELEMENT, FINISH, EPILOGUE, ACTIVATION, GATE_UP,
-                        STORE, ARRANGE, ENCODE, LARGEST, OUT_GROUP, N, K, BLOCK_K, STAGES, N_BLOCKS, GROUP_M)),
+            (_consume, (schedule, x, w, out, out_desc, buffers, e, p, left, right, ready, empty, first, n_tiles,
+                        step, k_end, 0, CONSUMERS, GATHER, SUM, ACCUMULATE, LOAD_SCALES, MATH, ELEMENT, FINISH,
+                        EPILOGUE, ACTIVATION, GATE_UP, STORE, ARRANGE, ENCODE, LARGEST, OUT_GROUP, N, K, BLOCK_K,
+                        STAGES, N_BLOCKS, GROUP_M)),
         ], [8], [REGISTERS])  # fmt: skip

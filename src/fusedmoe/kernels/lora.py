@@ -124,7 +124,7 @@ def load_a(
 
 
 @triton.jit
-def scale(acc, e, matrix, slot, live, col, inside):
+def scale(acc, e, weight, matrix, slot, live, col, inside):
     """EPILOGUE of shrink, ``e`` a Shrink."""
     return acc * tl.load(e.scaling + matrix // e.experts, mask=matrix >= 0, other=0.0)
 
@@ -200,23 +200,27 @@ def expand_one(acc, b, expert, slot, live, col, inside):
 
 
 @triton.jit
-def expand_one_weigh_then_bias(acc, e, expert, slot, live, col, inside):
-    return weigh_then_bias(expand_one(acc, e, expert, slot, live, col, inside), e, expert, slot, live, col, inside)
+def expand_one_weigh_then_bias(acc, e, weight, expert, slot, live, col, inside):
+    acc = expand_one(acc, e, expert, slot, live, col, inside)
+    return weigh_then_bias(acc, e, weight, expert, slot, live, col, inside)
 
 
 @triton.jit
-def expand_one_bias_then_weigh(acc, e, expert, slot, live, col, inside):
-    return bias_then_weigh(expand_one(acc, e, expert, slot, live, col, inside), e, expert, slot, live, col, inside)
+def expand_one_bias_then_weigh(acc, e, weight, expert, slot, live, col, inside):
+    acc = expand_one(acc, e, expert, slot, live, col, inside)
+    return bias_then_weigh(acc, e, weight, expert, slot, live, col, inside)
 
 
 @triton.jit
-def expand_weigh_then_bias(acc, e, expert, slot, live, col, inside):
-    return weigh_then_bias(expand(acc, e, expert, slot, live, col, inside), e, expert, slot, live, col, inside)
+def expand_weigh_then_bias(acc, e, weight, expert, slot, live, col, inside):
+    acc = expand(acc, e, expert, slot, live, col, inside)
+    return weigh_then_bias(acc, e, weight, expert, slot, live, col, inside)
 
 
 @triton.jit
-def expand_bias_then_weigh(acc, e, expert, slot, live, col, inside):
-    return bias_then_weigh(expand(acc, e, expert, slot, live, col, inside), e, expert, slot, live, col, inside)
+def expand_bias_then_weigh(acc, e, weight, expert, slot, live, col, inside):
+    acc = expand(acc, e, expert, slot, live, col, inside)
+    return bias_then_weigh(acc, e, weight, expert, slot, live, col, inside)
 
 
 # --- sort ---------------------------------------------------------------------------------------------

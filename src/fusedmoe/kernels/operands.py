@@ -35,6 +35,7 @@ class Schedule(NamedTuple):
     """Live slots sorted by expert, and the tiles that cover them; written by kernels/routing.py."""
 
     slot: object  #        [S] int32: slot of a sorted row
+    row: object  #         [S] int32: and sorted row of a slot
     offset: object  #      [E + 1] int32: first row of an expert
     tile_expert: object  # [n_tiles] int32
     tile_row: object  #    [n_tiles] int32: first row of a tile
@@ -76,6 +77,7 @@ class Shrink(NamedTuple):
     stride_k: object
     experts: object  #   constexpr E
     scaling: object  #   [slots] float32
+    weight: object = None  # of routers, as of Epilogue: none
 
 
 class RowScale(NamedTuple):
@@ -146,9 +148,9 @@ class Weight(NamedTuple):
 class Output(NamedTuple):
     """Where a tile is stored: at its sorted row, or (``by_slot``, constexpr) at its slot."""
 
-    ptr: object  #       [S, columns]
+    ptr: Any  #          [S, columns]
     stride_row: object
-    by_slot: object
+    by_slot: Any
     scale: object = None  #        float32 that a STORE policy reads or writes, or None
     stride_scale: object = None
     beside: object = None  #       [S, columns] of the layer's type, where unquantised numbers go too, or None

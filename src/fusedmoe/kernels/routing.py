@@ -130,8 +130,11 @@ def scatter(
         key = tl.sort(expert * CHUNK + place)
         expert = key // CHUNK
         row = place + tl.load(base + program.to(tl.int64) * E + expert, mask=expert < E, other=0)
-        tl.store(schedule.slot + row, _in_order(ids, program * CHUNK + key % CHUNK), mask=expert < E)
-    _write_tiles(schedule, program * TILES, E, E_PAD, TILES, BLOCK_M)
+        slot = _in_order(ids, program * CHUNK + key % CHUNK)
+        tl.store(schedule.slot + row, slot, mask=expert < E)
+        tl.store(schedule.row + slot, row, mask=expert < E)
+    if program * TILES < tl.load(schedule.n_tiles):
+        _write_tiles(schedule, program * TILES, E, E_PAD, TILES, BLOCK_M)
 
 
 @triton.jit
@@ -146,7 +149,9 @@ def route_one_chunk(
     _store_offsets(schedule, _count_experts(expert, E, E_PAD), E, E_PAD, BLOCK_M)
     place = tl.arange(0, CHUNK)
     key = tl.sort(expert * CHUNK + place)
-    tl.store(schedule.slot + place, _in_order(ids, key % CHUNK), mask=key < E * CHUNK)
+    slot = _in_order(ids, key % CHUNK)
+    tl.store(schedule.slot + place, slot, mask=key < E * CHUNK)
+    tl.store(schedule.row + slot, place, mask=key < E * CHUNK)
     tl.debug_barrier()  # the offsets written above are read back below
     for first_tile in range(0, tl.load(schedule.n_tiles), TILES):
         _write_tiles(schedule, first_tile, E, E_PAD, TILES, BLOCK_M)

@@ -174,17 +174,26 @@ def of_rows(x, row, live, k0, GROUP: tl.constexpr):
 
 
 @triton.jit
-def nothing(acc, x, w, row, live, expert, n, n0, inside, PART: tl.constexpr):
+def of_whole_rows(x, row, live):
+    """Scales of rows that have one for all of K; none where there is none."""
+    if x.scale_at == "end":
+        return tl.load(x.scale.ptr + row.to(tl.int64) * x.scale.stride_row, mask=live, other=0.0)
+    else:
+        return 0.0
+
+
+@triton.jit
+def nothing(acc, x, w, r, expert, n, n0, inside, PART: tl.constexpr):
     """There are no scales."""
     return acc
 
 
 @triton.jit
-def finish(acc, x, w, row, live, expert, n, n0, inside, PART: tl.constexpr):
-    """float32, times the scales that hold for whole rows and columns."""
+def finish(acc, x, w, r, expert, n, n0, inside, PART: tl.constexpr):
+    """float32, times the scales that hold for whole rows (r) and columns."""
     acc = acc.to(tl.float32)
     if x.scale_at == "end":
-        acc = acc * tl.load(x.scale.ptr + row.to(tl.int64) * x.scale.stride_row, mask=live, other=0.0)[:, None]
+        acc = acc * r[:, None]
     if w.scale_at == "end":
         s = _of_columns(w.scale, expert, n, n0, inside, expert * 0, PART)
         if w.scale.uniform:
