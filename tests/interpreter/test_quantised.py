@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import fusedmoe
-from fusedmoe import reference
+import fusedmoe.backends.rows
+from fusedmoe import backends, reference
 from fusedmoe.expert_matrix import ExpertMatrix
 from fusedmoe.schemes import format_of
 from fusedmoe.settings import settings
@@ -77,6 +78,22 @@ def test_a_token_of_nan_stays_alone(rows):
         assert not dirty[others].isnan().any()
     else:
         assert torch.equal(dirty[others], clean[others])
+
+
+@pytest.mark.parametrize("elements", [32, 256], ids=["columns in steps", "rows together"])
+@pytest.mark.parametrize("rows", [name for name in ROWS if "group" not in name])
+def test_a_tile_of_rows_changes_no_bit(rows, elements, monkeypatch):
+    """Whether a program has a row, part of one, or several, some of them absent or NaN, and not all of them there."""
+    x, w13, w2, weights, ids = layer(rows)
+    ids[3], ids[4, 0] = -1, E
+    x[7, 5] = float("nan")
+    alone = run((x, w13, w2, weights, ids))
+    monkeypatch.setattr(backends.rows, "_ELEMENTS", elements)
+    monkeypatch.setattr(backends.rows, "_MANY_ROWS", 1)
+    out = run((x, w13, w2, weights, ids))
+    assert torch.equal(out.nan_to_num(1e9), alone.nan_to_num(1e9))
+    if "tensor" not in rows:
+        assert out[7].isnan().all() and not out[3].any()
 
 
 @pytest.mark.parametrize("rows", ["fp8 static", "int8 static"])

@@ -17,6 +17,9 @@ from fusedmoe.plan.config import KernelConfig
 from fusedmoe.spec.format import ELEMENTS, Inputs
 from fusedmoe.spec.problem import Gemm
 
+#: Elements that a program quantises at once, and rows from which on it has several where they are short.
+_ELEMENTS, _MANY_ROWS = 8192, 4096
+
 
 def flat(tensor: torch.Tensor) -> tuple[torch.Tensor, int, int]:
     """A tensor of two dimensions and its strides."""
@@ -97,14 +100,18 @@ def quantised(
                 GROUPS=each,
             )
             return
-        block_k = min(4096, triton.next_power_of_2(columns))
+        block_k = min(_ELEMENTS, triton.next_power_of_2(columns))
+        # A row for each program where there are few; many rows are short of loads in flight, not of programs.
+        each = max(1, _ELEMENTS // block_k) if rows >= _MANY_ROWS else 1
+        tile = {"LIVE": live, "ROWS": each, "BLOCK_K": block_k, "num_warps": 8 if each * block_k > 4096 else 4}
+        programs = math.ceil(rows / each)
         if inputs.mode == "tensor" and not amax_is_there:
             launch(quantise.zero, (1,), amax, **options, N=1)
-            launch(quantise.amax, (rows,), ids, table, x, amax, **after, LIVE=live, K=columns, BLOCK_K=block_k)
+            launch(quantise.amax, (programs,), ids, table, x, amax, rows, **after, **tile, K=columns)
             options = after
         launch(
             quantise.quantise_rows,
-            (rows,),
+            (programs,),
             ids,
             table,
             x,
@@ -113,9 +120,9 @@ def quantised(
             scale,
             amax if inputs.mode == "tensor" else None,
             static if inputs.mode == "static" else None,
+            rows,
             **options,
             **how,
-            LIVE=live,
+            **tile,
             ARRANGE=order,
-            BLOCK_K=block_k,
         )

@@ -1,8 +1,9 @@
 """Quantise rows, when no epilogue could: ``codes[r] = ENCODE(x[r] / scale[r])``.
 
-Grid: one program per row. (1) A row that no live slot needs is neither read nor written; LIVE says which: ``token``
-(row t serves the slots of token t), ``slot`` (row s is slot s) or ``sorted_row``. (2) Scales are per row, also where
-all rows have the same: a NaN in a row of integers has no other place to go. (3) Columns past K are not written.
+Grid: a program for every row, or every ROWS of them. (1) A row that no live slot needs is neither read nor written;
+LIVE says which: ``token`` (row t serves the slots of token t), ``slot`` (row s is slot s) or ``sorted_row``. (2) Scales
+are per row, also where all rows have the same: a NaN in a row of integers has no other place to go. (3) Columns past K
+are not written.
 """
 
 from __future__ import annotations
@@ -40,9 +41,18 @@ def sorted_row(ids, schedule, row):
 
 
 @triton.jit
-def _load(x, row, k, K: tl.constexpr):
-    address = x.ptr + row.to(tl.int64) * x.stride_row + k.to(tl.int64) * x.stride_k
-    return tl.load(address, mask=k < K, other=0.0).to(tl.float32)
+def _load(x, row, live, k, K: tl.constexpr):
+    address = x.ptr + row.to(tl.int64)[:, None] * x.stride_row + k.to(tl.int64)[None, :] * x.stride_k
+    return tl.load(address, mask=live[:, None] & (k < K)[None, :], other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _largest(x, row, live, K: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr):
+    """The largest magnitude of each row."""
+    largest = tl.zeros((ROWS, BLOCK_K), tl.float32)
+    for k0 in range(0, K, BLOCK_K):
+        largest = tl.maximum(largest, encode.magnitude(_load(x, row, live, k0 + tl.arange(0, BLOCK_K), K)))
+    return tl.max(largest, 1)
 
 
 @triton.jit
@@ -53,53 +63,65 @@ def zero(ptr, WAIT: tl.constexpr, RELEASE: tl.constexpr, N: tl.constexpr):
     tl.store(ptr + tl.arange(0, N), 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])
 def amax(
-    ids, schedule, x, out,
-    WAIT: tl.constexpr, RELEASE: tl.constexpr, LIVE: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr,
+    ids, schedule, x, out, n_rows,
+    WAIT: tl.constexpr, RELEASE: tl.constexpr, LIVE: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """The largest magnitude of all live rows."""
     WAIT()
     RELEASE()
-    row = tl.program_id(0)
-    if LIVE(ids, schedule, row):
-        largest = tl.zeros((BLOCK_K,), tl.float32)
-        for k0 in range(0, K, BLOCK_K):
-            largest = tl.maximum(largest, encode.magnitude(_load(x, row, k0 + tl.arange(0, BLOCK_K), K)))
-        bits = tl.max(largest, 0).to(tl.int32, bitcast=True)
-        tl.atomic_max(out.to(tl.pointer_type(tl.int32)), bits, sem="relaxed")
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    live = LIVE(ids, schedule, row) & (row < n_rows)
+    bits = tl.max(_largest(x, row, live, K, ROWS, BLOCK_K), 0).to(tl.int32, bitcast=True)
+    tl.atomic_max(out.to(tl.pointer_type(tl.int32)), bits, sem="relaxed")
 
 
 @triton.jit
+def _encoded(value, s, static_ptr, ENCODE: tl.constexpr, ARRANGE: tl.constexpr, TYPE: tl.constexpr):
+    """Codes of rows. A scale that was given is not made from the largest of them, as ``quotient`` asks for."""
+    if static_ptr is not None:
+        return ARRANGE(ENCODE(tl.div_rn(value, s[:, None]), TYPE))
+    else:
+        return ARRANGE(ENCODE(encode.quotient(value, s[:, None]), TYPE))
+
+
+@triton.jit(do_not_specialize=["n_rows"])
 def quantise_rows(
-    ids, schedule, x, codes, stride_row, scale, amax_ptr, static_ptr,
+    ids, schedule, x, codes, stride_row, scale, amax_ptr, static_ptr, n_rows,
     WAIT: tl.constexpr, RELEASE: tl.constexpr, LIVE: tl.constexpr, ARRANGE: tl.constexpr,
-    ENCODE: tl.constexpr, LARGEST: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr,
+    ENCODE: tl.constexpr, LARGEST: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """A scale per row: of its own, from the maximum over all rows, or given."""
+    """A scale per row: of its own, from the maximum over all rows, or given. Rows of one block are read once."""
     WAIT()
     RELEASE()
-    row = tl.program_id(0)
-    if LIVE(ids, schedule, row):
-        bad = tl.zeros((BLOCK_K,), tl.int32)
-        if static_ptr is not None:
-            s = tl.load(static_ptr)
-        elif amax_ptr is not None:
-            s = encode.scale_of(tl.load(amax_ptr), LARGEST)
-        else:
-            largest = tl.zeros((BLOCK_K,), tl.float32)
-            for k0 in range(0, K, BLOCK_K):
-                largest = tl.maximum(largest, encode.magnitude(_load(x, row, k0 + tl.arange(0, BLOCK_K), K)))
-            s = encode.scale_of(tl.max(largest, 0), LARGEST)
-        for k0 in range(0, K, BLOCK_K):
-            k = k0 + tl.arange(0, BLOCK_K)
-            value = _load(x, row, k, K)
-            bad = bad | (value != value).to(tl.int32)
-            code = ARRANGE(ENCODE(tl.div_rn(value, s), codes.dtype.element_ty)[None, :])
-            tl.store(codes + row.to(tl.int64) * stride_row + k[None, :], code, mask=(k < K)[None, :])
-        if encode.int8 == ENCODE:
-            s = tl.where(tl.max(bad, 0) != 0, float("nan"), s)
-        tl.store(scale + row, s)
+    TYPE: tl.constexpr = codes.dtype.element_ty
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    live = LIVE(ids, schedule, row) & (row < n_rows)
+    to = codes + row.to(tl.int64)[:, None] * stride_row
+    k = tl.arange(0, BLOCK_K)
+    value = _load(x, row, live, k, K)
+    bad = encode.broken(value, 1)
+    if static_ptr is not None:
+        s = tl.load(static_ptr) + tl.zeros((ROWS,), tl.float32)
+    elif amax_ptr is not None:
+        s = encode.scale_of(tl.load(amax_ptr), LARGEST) + tl.zeros((ROWS,), tl.float32)
+    elif K <= BLOCK_K:
+        s = encode.scale_of(tl.max(encode.magnitude(value), 1), LARGEST)
+    else:
+        s = encode.scale_of(_largest(x, row, live, K, ROWS, BLOCK_K), LARGEST)
+    code = _encoded(value, s, static_ptr, ENCODE, ARRANGE, TYPE)
+    tl.store(to + k[None, :], code, mask=live[:, None] & (k < K)[None, :])
+    if K > BLOCK_K:
+        for k0 in range(BLOCK_K, K, BLOCK_K):
+            value = _load(x, row, live, k0 + k, K)
+            bad = bad | encode.broken(value, 1)
+            code = _encoded(value, s, static_ptr, ENCODE, ARRANGE, TYPE)
+            tl.store(to + (k0 + k)[None, :], code, mask=live[:, None] & (k0 + k < K)[None, :])
+    if encode.int8 == ENCODE:
+        s = tl.where(bad != 0, float("nan"), s)
+    tl.store(scale + row, s, mask=live)
 
 
 @triton.jit
