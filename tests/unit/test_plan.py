@@ -181,12 +181,14 @@ def both(form, **options) -> Problem:
         (both(FP8_CHANNEL, tokens=1024), "gluon_sm90"),
         (both(FP8_CHANNEL, tokens=512), "triton"),
         (both(INT8, tokens=8192), "gluon_sm90"),
-        (problem(8192, 8, 32, 7168, 2048), "triton"),  # 8.84 and 9.04 ms, in turns
-        (problem(2048, 8, 32, 7168, 2048), "triton"),  # 2.50 and 2.60 ms
+        (problem(32768, 8, 32, 7168, 2048), "gluon_sm90"),  # 39.4 and 38.8 ms, in turns
+        (problem(2048, 8, 32, 7168, 2048), "gluon_sm90"),  # 2.53 and 2.39 ms
+        (problem(2048, 8, 256, 7168, 256), "gluon_sm90"),  # 960 and 908 us
+        (problem(2048, 4, 128, 2880, 2880), "triton"),  # 1.72 and 1.81 ms
         (problem(8192, 4, 128, 2880, 2880), "gluon_sm90"),  # 3.57 and 3.40 ms
         (problem(8192, 4, 128, 2880, 2880, gate_up="interleaved"), "triton"),  # 3.38 and 3.76 ms
         (both(FP8_BLOCK, tokens=8192, gate_up="interleaved"), "gluon_sm90"),
-        (both(FP8_CHANNEL, tokens=32768, top_k=2, experts=8, hidden=4096, intermediate=14336), "triton"),
+        (both(FP8_CHANNEL, tokens=32768, top_k=2, experts=8, hidden=4096, intermediate=14336), "gluon_sm90"),
         (both(INT8, tokens=32768, top_k=2, experts=8, hidden=4096, intermediate=14336), "gluon_sm90"),
         (both(format_of("int4_w4a16"), tokens=8192), "gluon_sm90"),  # 1.83 and 1.40 ms
         (both(format_of("mxfp4"), tokens=512), "triton"),  # 293 and 351 us

@@ -26,9 +26,9 @@ SINGLE, ALONE = 4, 0.9
 #: Integers and 4-bit codes up to which that is faster than tensor cores; the second, of weights and rows.
 MANY_CODES = 200_000_000, 60_000_000
 #: Means of rows per expert at which :func:`why_portable` changes its mind.
-BREAKS = (12, 24, 64, 128, 512, 1024)
-#: From this I on, and from the last two of BREAKS in 16 and 8 bits, nothing is left to hide from long running sums.
-WIDE_INTERMEDIATE = 2048
+BREAKS = (12, 24, 64, 128)
+#: Up to this I tiles that are half empty still pay in 16 bits: there are so many of them.
+NARROW_INTERMEDIATE = 512
 
 
 def _next_power_of_2(value: float) -> int:
@@ -49,12 +49,10 @@ def why_portable(problem: Problem, target: Target) -> str | None:
     """Why the portable kernels are faster than those of :func:`sm90_plan`; None when they are not.
 
     A tile of 128 rows needs rows. Scales that are applied step by step stall the portable kernel, so that tiles which
-    are hardly filled pay too, but where its own are of 64 rows. Weights of 16 bits gain least: from the long sums of
-    wide layers nothing is left to hide. Gate and up side by side change places in their epilogue, but where they are
-    decoded: then on their way in.
+    are hardly filled pay too, but where its own are of 64 rows. Weights of 16 bits gain least. Gate and up side by side
+    change places in their epilogue, but where they are decoded: then on their way in.
     """
     mean = problem.mean_rows
-    long = problem.intermediate >= WIDE_INTERMEDIATE
     interleaved = problem.activation.gated and problem.gate_up == "interleaved"
     gemms = problem.gate_up_gemm, problem.down_gemm
     if any(decodes(gemm, target) for gemm in gemms):
@@ -63,11 +61,11 @@ def why_portable(problem: Problem, target: Target) -> str | None:
         slower = mean < BREAKS[0] or BREAKS[1] <= mean < BREAKS[2]
     elif all(bytes_of(multiply_in(gemm, target)) == 1 for gemm in gemms):
         integers = all(multiply_in(gemm, target) == "int8" for gemm in gemms)
-        slower = mean < BREAKS[2] or not integers and (interleaved or long and mean >= BREAKS[5])
+        slower = mean < BREAKS[2] or not integers and interleaved
     elif problem.intermediate >= GATHER_INTERMEDIATE:
         return f"the portable kernels are faster at I = {problem.intermediate} in 16 bits"
     else:
-        slower = mean < BREAKS[3] or interleaved or long and mean >= BREAKS[4]
+        slower = mean < BREAKS[2 if problem.intermediate <= NARROW_INTERMEDIATE else 3] or interleaved
     return f"the portable kernels are faster at {mean:.3g} rows an expert" if slower else None
 
 
