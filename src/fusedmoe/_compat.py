@@ -15,18 +15,21 @@ def teach_interpreter() -> None:
     The interpreter (3.5 to 3.7) keeps bfloat16 as uint16 bit patterns; its ``tl.dot`` multiplies those, and its
     cast from float32 truncates. Here the dot widens them to float32 first, which is exact, and the cast rounds
     to nearest even. Its cast from float32 to float8_e4m3fn neither saturates nor keeps NaN and subnormals; here it
-    does as ``cvt.rn.satfinite`` does. Its fused multiply-add rounds twice; here the product is exact. Retire when the
-    interpreter does all.
+    does as ``cvt.rn.satfinite`` does. Its fused multiply-add rounds twice; here the product is exact. It gives what it
+    compared the type of the operands, so that a condition which is broadcast becomes a number, and 3.9 takes none for a
+    mask; here it is a condition. Retire when the interpreter does all.
     """
     import numpy as np
     import triton.language as tl
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-    dot, cast, float_cast = (
+    dot, cast, float_cast, binary = (
         InterpreterBuilder.create_dot,
         InterpreterBuilder.cast_impl,
         InterpreterBuilder.create_fp_to_fp,
+        InterpreterBuilder.binary_op,
     )
+    comparisons = {np.less, np.less_equal, np.greater, np.greater_equal, np.equal, np.not_equal}
     if getattr(dot, "_fusedmoe", False):
         return
 
@@ -59,7 +62,12 @@ def teach_interpreter() -> None:
         exact = x.data.astype(np.float64) * y.data.astype(np.float64) + z.data.astype(np.float64)
         return TensorHandle(exact.astype(z.data.dtype), z.dtype.scalar)
 
+    def binary_op(self: Any, lhs: TensorHandle, rhs: TensorHandle, op: Any) -> TensorHandle:
+        result = binary(self, lhs, rhs, op)
+        return TensorHandle(result.data, tl.int1) if op in comparisons else result
+
     create_dot._fusedmoe = True  # type: ignore[attr-defined]
+    InterpreterBuilder.binary_op = binary_op
     InterpreterBuilder.create_dot = create_dot
     InterpreterBuilder.create_fma = create_fma
     InterpreterBuilder.create_fp_to_fp = create_fp_to_fp

@@ -109,8 +109,6 @@ def target_of(device: torch.device) -> Target:
 TRITON, GLUON = (3, 5), (3, 6)
 #: Its interpreter learnt about the numpy that came with this version in that of Triton.
 NUMPY, LEARNT = (2, 4), (3, 7)
-#: The first whose interpreter does not run ``(n < N) & present`` as a mask.
-FORGOT = (3, 9)
 
 
 def installed(package: str) -> str | None:
@@ -136,6 +134,4 @@ def _unfit(interpret: bool) -> str:
         return f"triton {said} is older than {'.'.join(map(str, TRITON))}"
     if interpret and triton < LEARNT and numpy is not None and numpy >= NUMPY:
         return f"the interpreter of triton {said} needs numpy below {'.'.join(map(str, NUMPY))}"
-    if interpret and triton >= FORGOT:
-        return f"the interpreter of triton {said} makes integers of conditions, and then refuses them as masks"
     return ""

@@ -270,7 +270,7 @@ def test_experts_of_other_ranks_take_no_rows(tokens, form):
         ({"triton": "3.6.0", "numpy": "2.3.9"}, True, ""),
         ({"triton": "3.5.1", "numpy": "2.4.0"}, False, ""),
         ({"triton": "3.7.1", "numpy": "2.4.0"}, True, ""),
-        ({"triton": "3.9.0", "numpy": "2.4"}, True, "the interpreter of triton 3.9 makes integers of conditions"),
+        ({"triton": "3.9.0", "numpy": "2.4"}, True, ""),
         ({"triton": "3.10.0+git1", "numpy": "3.0"}, False, ""),
         ({"triton": "main"}, True, ""),
         ({}, True, ""),

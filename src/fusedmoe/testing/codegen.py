@@ -18,6 +18,7 @@ from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
@@ -71,14 +72,22 @@ class Compiled:
 
     def complaints(self) -> list[str]:
         """What NVIDIA's assembler says of the PTX beside its statistics: performance that it gave up, for example."""
-        program = _BINARIES / "ptxas"
         with tempfile.TemporaryDirectory() as folder:
             source = Path(folder) / "kernel.ptx"
             source.write_text(self.asm["ptx"], encoding="utf-8")
             arch = re.findall(r"\.target\s+(\w+)", self.asm["ptx"])[0]
-            command = [str(program), "-v", f"-arch={arch}", str(source), "-o", str(Path(folder) / "kernel.cubin")]
+            binary = Path(folder) / "kernel.cubin"
+            command = [_assembler(TARGETS[self.target].arch), "-v", f"-arch={arch}", str(source), "-o", str(binary)]
             said = subprocess.run(command, check=True, capture_output=True, text=True)
         return re.findall(r".*\((?:C\d+)\).*", said.stdout + said.stderr)
+
+
+def _assembler(arch: Any) -> str:
+    """The one that Triton takes for a target: it brings two."""
+    try:
+        return str(get_ptxas(arch).path)
+    except TypeError:  # Triton 3.5 has one
+        return str(get_ptxas().path)
 
 
 @functools.lru_cache(maxsize=8)
