@@ -42,12 +42,12 @@ def multiply(product: Product, options: dict[str, Any], schedule: Schedule, prog
         x_desc = TensorDescriptor(x.ptr, [x.ptr.shape[0], k], [x.stride_row, 1], [64, config.block_k], x_layout)
     out = product.out
     out_layout = out_desc = None
-    if not config.words:
+    # Slots of neighbouring rows lie anywhere; and what was decoded has neighbouring columns in neighbours already.
+    if not (out.by_slot.value or config.words):
         at_once = [16 * config.warps, half]
         out_layout = gl.NVMMASharedLayout.get_default_for(at_once, _GLUON[out.ptr.dtype])
-        if not out.by_slot.value:  # slots of neighbouring rows lie anywhere
-            shape = [out.ptr.shape[0], product.gemm.columns]
-            out_desc = TensorDescriptor(out.ptr, shape, [out.stride_row, 1], at_once, out_layout)
+        shape = [out.ptr.shape[0], product.gemm.columns]
+        out_desc = TensorDescriptor(out.ptr, shape, [out.stride_row, 1], at_once, out_layout)
     launch(
         grouped_gemm_sm90,
         (programs,),

@@ -99,8 +99,8 @@ def grouped_gemm(
         if SWAP:
             acc = tl.trans(acc)
         r_all = of_whole_rows(x, scale_row, live)
-        weight = weight_of(e, slot, live)
         acc = FINISH(acc, x, w, r_all, expert, n, n0, inside, 0)
+        weight = weight_of(e, slot, live)
         if GATE_UP == "pairs":
             n = in_pairs(n, w)
         acc = EPILOGUE(acc, e, weight, expert, slot, live, n, inside)

@@ -393,8 +393,8 @@ def _store(
     CONSUMER: gl.constexpr, COLUMNS: gl.constexpr, STORE: gl.constexpr, ARRANGE: gl.constexpr, ENCODE: gl.constexpr,
     LARGEST: gl.constexpr, OUT_GROUP: gl.constexpr,
 ):  # fmt: skip
-    """By way of shared memory, where a tensor map takes whole tiles while this consumer goes on. Where neighbours have
-    neighbouring columns already (no buffers), from registers.
+    """By way of a buffer, from where a tensor map takes whole tiles while this consumer goes on; or from registers,
+    each row to its own place.
     """
     ROWS: gl.constexpr = result.shape[0]
     BLOCK_N: gl.constexpr = result.shape[1]
@@ -413,8 +413,7 @@ def _store(
         number = gl.inline_asm_elementwise("mov.u32 $0, $1;", "=r,r", [row0 * 0 + CONSUMER], gl.int32, False, 1)
         buffer = buffers.index(number)
         buffer.store(value)
-        whole = row0 + ROWS <= end if out_desc is not None else False
-        if whole:
+        if row0 + ROWS <= end:
             fence_async_shared()
             store_box(out_desc, [row0, column0], buffer)
         else:
@@ -558,7 +557,7 @@ def _consume(
 @gluon.jit
 def grouped_gemm_sm90(
     schedule, x, w, out, e, p,  # Schedule, Rows, Weight, Output, Epilogue, Parameters
-    x_desc, w_desc, out_desc,  # tensor maps; x_desc None: rows are gathered; out_desc None: stored by pointer
+    x_desc, w_desc, out_desc,  # tensor maps; x_desc None: rows are gathered; out_desc None: results are scattered
     k_end,
     WAIT: gl.constexpr, RELEASE: gl.constexpr, LOAD_SCALES: gl.constexpr, MATH: gl.constexpr, ELEMENT: gl.constexpr,
     FINISH: gl.constexpr, EPILOGUE: gl.constexpr, ACTIVATION: gl.constexpr, GATE_UP: gl.constexpr,
@@ -566,7 +565,7 @@ def grouped_gemm_sm90(
     N: gl.constexpr, K: gl.constexpr, ACCUMULATE: gl.constexpr,
     SUM: gl.constexpr,  # "running"; "groups": scales are applied to the product of a step; "words": to decoded weights
     X_LAYOUT: gl.constexpr,  # of rows in shared memory
-    OUT_LAYOUT: gl.constexpr,  # of results there, or None: they are stored from registers
+    OUT_LAYOUT: gl.constexpr,  # of results there; None where out_desc is
     BLOCK_K: gl.constexpr, STAGES: gl.constexpr, GROUP_M: gl.constexpr,
     CONSUMERS: gl.constexpr,
 ):  # fmt: skip
