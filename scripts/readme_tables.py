@@ -171,7 +171,7 @@ def _measured(scheme: str | None, data: dict[str, Any], rows: dict[tuple[str, in
 
 
 def _later(data: dict[str, Any]) -> str:
-    """A sentence of the rows that were measured again, since the kernels of so few tokens are others now."""
+    """A sentence of the rows that were measured again, since their kernels are others now."""
     if (later := data.get("later")) is None:
         return ""
     tokens, copy = ", ".join(map(str, later["tokens"])), later["ceilings"]["bandwidth_gbps"]

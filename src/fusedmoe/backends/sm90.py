@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
@@ -14,14 +13,6 @@ from fusedmoe.backends.weights import operand, stacked_rows
 from fusedmoe.kernels import step
 from fusedmoe.kernels.grouped_gemm_sm90 import grouped_gemm_sm90
 from fusedmoe.kernels.operands import Schedule
-
-#: Types of results, as Gluon calls them.
-_GLUON = {
-    torch.float16: gl.float16,
-    torch.bfloat16: gl.bfloat16,
-    torch.float8_e4m3fn: gl.float8e4nv,
-    torch.int8: gl.int8,
-}
 
 
 def multiply(product: Product, options: dict[str, Any], schedule: Schedule, programs: int) -> None:
@@ -41,13 +32,12 @@ def multiply(product: Product, options: dict[str, Any], schedule: Schedule, prog
     if config.maps == "xw":
         x_desc = TensorDescriptor(x.ptr, [x.ptr.shape[0], k], [x.stride_row, 1], [64, config.block_k], x_layout)
     out = product.out
-    out_layout = out_desc = None
+    out_desc = None
     # Slots of neighbouring rows lie anywhere; and what was decoded has neighbouring columns in neighbours already.
     if not (out.by_slot.value or config.words):
-        at_once = [16 * config.warps, half]
-        out_layout = gl.NVMMASharedLayout.get_default_for(at_once, _GLUON[out.ptr.dtype])
+        out_layout = gl.NVMMASharedLayout(128, 8 * out.ptr.element_size(), 2)
         shape = [out.ptr.shape[0], product.gemm.columns]
-        out_desc = TensorDescriptor(out.ptr, shape, [out.stride_row, 1], at_once, out_layout)
+        out_desc = TensorDescriptor(out.ptr, shape, [out.stride_row, 1], [16 * config.warps, half], out_layout)
     launch(
         grouped_gemm_sm90,
         (programs,),
@@ -71,7 +61,6 @@ def multiply(product: Product, options: dict[str, Any], schedule: Schedule, prog
         K=k,
         SUM="words" if config.words else "groups" if policies["STEP"] is step.scaled_product else "running",
         X_LAYOUT=x_layout,
-        OUT_LAYOUT=out_layout,
         BLOCK_K=config.block_k,
         STAGES=config.stages,
         GROUP_M=config.group_m,

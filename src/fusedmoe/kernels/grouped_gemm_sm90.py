@@ -565,7 +565,6 @@ def grouped_gemm_sm90(
     N: gl.constexpr, K: gl.constexpr, ACCUMULATE: gl.constexpr,
     SUM: gl.constexpr,  # "running"; "groups": scales are applied to the product of a step; "words": to decoded weights
     X_LAYOUT: gl.constexpr,  # of rows in shared memory
-    OUT_LAYOUT: gl.constexpr,  # of results there; None where out_desc is
     BLOCK_K: gl.constexpr, STAGES: gl.constexpr, GROUP_M: gl.constexpr,
     CONSUMERS: gl.constexpr,
 ):  # fmt: skip
@@ -582,12 +581,12 @@ def grouped_gemm_sm90(
     left = _seen_as(rows, [STAGES * SHARERS, BLOCK_M // SHARERS, BLOCK_K])
     HALVES: gl.constexpr = 2 if SUM == "groups" else PARTS if SUM == "words" else 1
     right = _seen_as(weights, [STAGES * HALVES, WIDE // HALVES, COUNT])
-    if OUT_LAYOUT is None:
+    if out_desc is None:
         buffers: gl.constexpr = None
     else:
         # What a group of consumers stores at a time: half of its columns, or what they are gate and up of.
-        ITEM: gl.constexpr = out.ptr.dtype.element_ty
-        buffers = gl.allocate_shared_memory(ITEM, [CONSUMERS, BLOCK_M // CONSUMERS, WIDE // 2], OUT_LAYOUT)
+        AT_ONCE: gl.constexpr = [CONSUMERS, BLOCK_M // CONSUMERS, WIDE // 2]
+        buffers = gl.allocate_shared_memory(out_desc.dtype, AT_ONCE, out_desc.layout)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
