@@ -29,7 +29,7 @@ pytestmark = [
 ]
 
 BACKENDS = ("triton", "gluon_sm90")
-#: A path without a schedule, one chunk of slots, three launches, gathered rows.
+#: A path without a schedule, one launch for it, three, gathered rows.
 SHAPES = ((4, 8, 64, 256, 192), (100, 8, 64, 256, 192), (600, 8, 64, 256, 192), (2100, 2, 8, 128, 4096))
 
 

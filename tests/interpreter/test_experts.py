@@ -58,9 +58,10 @@ def test_scheme_grid(index):
 
 
 @pytest.mark.parametrize("ids", ["uniform", "invalid", "one"])
-def test_many_slots_need_three_launches(ids):
-    # More than 1024 slots: count, offsets, scatter, over several chunks.
-    case = Case.of((530, 2, 5, 16, 16), ids=ids)
+@pytest.mark.parametrize("tokens", [530, 2060])
+def test_many_slots_are_sorted_by_several_programs(tokens, ids):
+    # Above 4096 slots in three launches, over several chunks.
+    case = Case.of((tokens, 2, 5, 16, 16), ids=ids)
     _, error = run_poisoned(case)
     assert error < TOLERANCE[case.dtype]
 

@@ -16,8 +16,10 @@ from fusedmoe.kernels import routing
 from fusedmoe.kernels.operands import Ids, Schedule, odd_of
 from fusedmoe.spec.problem import Problem
 
-#: Most slots that one launch of one program routes.
-ONE_CHUNK = 1024
+#: Most slots that one launch routes: each is compared with all.
+ONE_LAUNCH = 4096
+#: Slots that a program of it sorts, and that it compares them with at a time.
+OWN, BLOCK = 16, 512
 #: Slots that one program sorts otherwise: up to MANY slots, and above.
 CHUNKS = (256, 1024)
 MANY = 1 << 18
@@ -60,7 +62,7 @@ def layout(problem: Problem) -> Layout:
         "tile_row": ((max_tiles,), torch.int32),
         "n_tiles": ((1,), torch.int32),
     }
-    if slots > ONE_CHUNK:
+    if slots > ONE_LAUNCH:
         for name in ("counts", "base"):
             named[name] = ((math.ceil(slots / min(CHUNKS)), problem.experts), torch.int32)
     return named
@@ -97,19 +99,23 @@ def sort(
     e_pad = max(2, triton.next_power_of_2(n_experts))
     tiles_each = max(1, min(TILES, TABLE // e_pad))
     with device_guard(call.hidden_states.device):
-        if problem.slots <= ONE_CHUNK:
+        writers = math.ceil(max_tiles / tiles_each)
+        if problem.slots <= ONE_LAUNCH:
+            sorters = math.ceil(problem.slots / OWN)
             launch(
-                routing.route_one_chunk,
-                (1,),
+                routing.route,
+                (sorters + writers,),
                 placed,
                 schedule,
+                sorters,
                 **first,
                 E=n_experts,
                 E_PAD=e_pad,
-                CHUNK=max(128, triton.next_power_of_2(problem.slots)),
+                SLOTS=ONE_LAUNCH,
+                OWN=OWN,
+                BLOCK=BLOCK,
                 TILES=tiles_each,
                 BLOCK_M=block_m,
-                num_warps=8,
             )
         else:
             counts, base = work["counts"], work["base"]
@@ -134,10 +140,9 @@ def sort(
                 BLOCK_M=block_m,
                 num_warps=8,
             )
-            programs = max(n_chunks, math.ceil(max_tiles / tiles_each))
             launch(
                 routing.scatter,
-                (programs,),
+                (max(n_chunks, writers),),
                 placed,
                 schedule,
                 base,

@@ -137,8 +137,8 @@ def _launches(problem: Problem, plan: Plan) -> list[dict[str, Any]]:
     if plan.triton is None:
         return [{"kernel": "PyTorch's own, one matrix product per expert that has rows"}]
     how = plan.triton
-    several = "base" in (_layout(problem, plan) or {})  # the table of a sort in more than one chunk
-    sort = [] if how.few else ["count", "offsets", "scatter"] if several else ["route_one_chunk"]
+    several = "base" in (_layout(problem, plan) or {})  # the table of a sort in chunks
+    sort = [] if how.few else ["count", "offsets", "scatter"] if several else ["route"]
     tokens, hidden = problem.gate_up_gemm.inputs, problem.down_gemm.inputs
     rows = []
     if tokens:

@@ -1,6 +1,7 @@
 """Sort the live slots by expert (stable in the slot) and cover them with tiles of BLOCK_M rows.
 
-Three launches, or one when all slots fit one chunk:
+Up to some thousand slots in one launch, ``route``: the row of a slot is the number of slots that sort before it, found
+by comparing it with all of them. More slots are sorted chunk by chunk, in three launches:
 
 * ``count``:   chunk c -> how many of its slots chose each expert;
 * ``offsets``: turns counts into the first row of (chunk, expert), and writes the offsets;
@@ -30,9 +31,8 @@ def _in_order(ids, place):
 
 
 @triton.jit
-def _chunk_experts(ids, chunk, E: tl.constexpr, CHUNK: tl.constexpr):
-    """Expert of each slot of a chunk; E stands for absent, so that absent slots sort last."""
-    place = chunk * CHUNK + tl.arange(0, CHUNK)
+def _experts_at(ids, place, E: tl.constexpr):
+    """Expert of the slot at each place; E stands for absent, so that absent slots sort last."""
     expert = local_expert(ids, _in_order(ids, place), place < n_slots(ids))
     return tl.where(expert >= 0, expert, E)
 
@@ -44,18 +44,15 @@ def _count_experts(expert, E: tl.constexpr, E_PAD: tl.constexpr):
 
 @triton.jit
 def _write_tiles(
-    schedule, first_tile, E: tl.constexpr, E_PAD: tl.constexpr, TILES: tl.constexpr, BLOCK_M: tl.constexpr
+    schedule, start, count, first_tile, E: tl.constexpr, E_PAD: tl.constexpr, TILES: tl.constexpr, BLOCK_M: tl.constexpr
 ):
-    """Tiles ``first_tile ..`` of the table, found from the offsets of all experts."""
-    e = tl.arange(0, E_PAD)
-    start = tl.load(schedule.offset + e, mask=e < E, other=0)
-    end = tl.load(schedule.offset + e + 1, mask=e < E, other=0)
-    tiles = (end - start + BLOCK_M - 1) // BLOCK_M
+    """Tiles ``first_tile ..`` of the table, found from the first row and the number of rows of every expert."""
+    tiles = (count + BLOCK_M - 1) // BLOCK_M
     last_tile = tl.cumsum(tiles, 0)
     n_tiles = tl.sum(tiles)
     tile = first_tile + tl.arange(0, TILES)
     expert = tl.sum((last_tile[:, None] <= tile[None, :]).to(tl.int32), 0)
-    mine = e[:, None] == expert[None, :]
+    mine = tl.arange(0, E_PAD)[:, None] == expert[None, :]
     row = tl.sum(tl.where(mine, start[:, None] + (tile[None, :] - (last_tile - tiles)[:, None]) * BLOCK_M, 0), 0)
     tl.store(schedule.tile_expert + tile, expert, mask=tile < n_tiles)
     tl.store(schedule.tile_row + tile, row, mask=tile < n_tiles)
@@ -74,7 +71,7 @@ def _store_offsets(schedule, total, E: tl.constexpr, E_PAD: tl.constexpr, BLOCK_
 def count(ids, counts, RELEASE: tl.constexpr, E: tl.constexpr, E_PAD: tl.constexpr, CHUNK: tl.constexpr):
     RELEASE()
     chunk = tl.program_id(0)
-    expert = _chunk_experts(ids, chunk, E, CHUNK)
+    expert = _experts_at(ids, chunk * CHUNK + tl.arange(0, CHUNK), E)
     e = tl.arange(0, E_PAD)
     tl.store(counts + chunk.to(tl.int64) * E + e, _count_experts(expert, E, E_PAD), mask=e < E)
 
@@ -125,33 +122,48 @@ def scatter(
     RELEASE()
     program = tl.program_id(0)
     if program < n_chunks:
-        expert = _chunk_experts(ids, program, E, CHUNK)
         place = tl.arange(0, CHUNK)
-        key = tl.sort(expert * CHUNK + place)
+        key = tl.sort(_experts_at(ids, program * CHUNK + place, E) * CHUNK + place)
         expert = key // CHUNK
         row = place + tl.load(base + program.to(tl.int64) * E + expert, mask=expert < E, other=0)
         slot = _in_order(ids, program * CHUNK + key % CHUNK)
         tl.store(schedule.slot + row, slot, mask=expert < E)
         tl.store(schedule.row + slot, row, mask=expert < E)
     if program * TILES < tl.load(schedule.n_tiles):
-        _write_tiles(schedule, program * TILES, E, E_PAD, TILES, BLOCK_M)
+        e = tl.arange(0, E_PAD)
+        start = tl.load(schedule.offset + e, mask=e < E, other=0)
+        end = tl.load(schedule.offset + e + 1, mask=e < E, other=0)
+        _write_tiles(schedule, start, end - start, program * TILES, E, E_PAD, TILES, BLOCK_M)
 
 
-@triton.jit
-def route_one_chunk(
-    ids, schedule,
+@triton.jit(do_not_specialize=["n_sorters"])
+def route(
+    ids, schedule, n_sorters,
     RELEASE: tl.constexpr,
-    E: tl.constexpr, E_PAD: tl.constexpr, CHUNK: tl.constexpr, TILES: tl.constexpr, BLOCK_M: tl.constexpr,
+    E: tl.constexpr, E_PAD: tl.constexpr, SLOTS: tl.constexpr, OWN: tl.constexpr, BLOCK: tl.constexpr,
+    TILES: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """Grid: one program. All of the above for S <= CHUNK."""
+    """All of the above for up to SLOTS slots. Grid: ``n_sorters`` programs with OWN slots each, and those that write
+    TILES tiles each.
+    """
     RELEASE()
-    expert = _chunk_experts(ids, 0, E, CHUNK)
-    _store_offsets(schedule, _count_experts(expert, E, E_PAD), E, E_PAD, BLOCK_M)
-    place = tl.arange(0, CHUNK)
-    key = tl.sort(expert * CHUNK + place)
-    slot = _in_order(ids, key % CHUNK)
-    tl.store(schedule.slot + place, slot, mask=key < E * CHUNK)
-    tl.store(schedule.row + slot, place, mask=key < E * CHUNK)
-    tl.debug_barrier()  # the offsets written above are read back below
-    for first_tile in range(0, tl.load(schedule.n_tiles), TILES):
-        _write_tiles(schedule, first_tile, E, E_PAD, TILES, BLOCK_M)
+    program = tl.program_id(0)
+    if program < n_sorters:
+        place = program * OWN + tl.arange(0, OWN)
+        expert = _experts_at(ids, place, E)
+        row = tl.zeros((OWN,), tl.int32)  # how many slots sort before each
+        for first in range(0, n_slots(ids), BLOCK):
+            other = first + tl.arange(0, BLOCK)
+            before = _experts_at(ids, other, E) * SLOTS + other
+            row += tl.sum((before[:, None] < (expert * SLOTS + place)[None, :]).to(tl.int32), 0)
+        slot = _in_order(ids, place)
+        tl.store(schedule.slot + row, slot, mask=expert < E)
+        tl.store(schedule.row + slot, row, mask=expert < E)
+    else:
+        total = tl.zeros((E_PAD,), tl.int32)
+        for first in range(0, n_slots(ids), BLOCK):
+            total += _count_experts(_experts_at(ids, first + tl.arange(0, BLOCK), E), E, E_PAD)
+        if program == n_sorters:
+            _store_offsets(schedule, total, E, E_PAD, BLOCK_M)
+        start = tl.cumsum(total, 0) - total
+        _write_tiles(schedule, start, total, (program - n_sorters) * TILES, E, E_PAD, TILES, BLOCK_M)
