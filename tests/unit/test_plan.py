@@ -142,6 +142,15 @@ def test_tiles_of_single_rows_that_cannot_run(change, reason):
     assert reason in said
 
 
+def test_an_intermediate_for_words_is_stored_by_whole_words():
+    p = problem(64, w13_format=MXFP4, w2_format=MXFP4)
+    plan = choose(p, H200, "triton").triton
+    assert plan.down.words
+    assert not why_not_plan(plan, p, H200)
+    (said,) = why_not_plan(replace(plan, gate_up=replace(plan.gate_up, block_n=16)), p, H200)
+    assert "the columns of four words" in said
+
+
 def test_tensor_maps_only_where_they_describe_the_matrix():
     tall = {"tokens": 32768}
     assert choose(problem(**tall), H200, "triton").triton.gate_up.maps == "w"

@@ -68,6 +68,10 @@ def why_not_plan(plan: TritonPlan, problem: Problem, target: Target) -> list[str
         reasons.append("rows that are multiplied alone are found by their slots, without a schedule")
     if plan.single and problem.top_k > 16:
         reasons.append(f"a tile has rows of up to 16 slots, a token has {problem.top_k}")
+    form = problem.down_gemm.format
+    by_word = plan.down.words and plan.requantise != "kernel" and form is not None and form.per_byte == 2
+    if by_word and plan.gate_up.block_n % 32:  # its tiles are stored in the order in which words have their columns
+        reasons.append(f"gate-up: block_n={plan.gate_up.block_n} is no multiple of 32, the columns of four words")
     return reasons
 
 
