@@ -1,22 +1,25 @@
 """How far the planner without files is from the best tiles that a search finds: the geometric mean over points.
 
-    python benchmarks/planner_distance.py --write DIR [--keep 48] [--shapes ...] [--schemes ...] [--tokens ...]
+    python benchmarks/planner_distance.py --write DIR [--keep 48] [--shapes ...] [--schemes ...] [--routing ...]
+                                          [--tokens ...]
 
-A point is a shape, a scheme and a number of tokens: by default five shapes, bfloat16, eight numbers of tokens. DIR
-keeps what was measured, and a run that was interrupted goes on where it was. Without --keep every neighbour of every
-kind of tiles is measured, hundreds to a point; with it, that many to a GEMM and kind, the likeliest first.
+A point is a shape, a scheme, a law of routing and a number of tokens: by default five shapes, bfloat16, uniform, eight
+numbers of tokens. DIR keeps what was measured, and a run that was interrupted goes on where it was. Without --keep
+every neighbour of every kind of tiles is measured, hundreds to a point; with it, that many to a GEMM and kind, the
+likeliest first.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import time
 from pathlib import Path
 
 import torch
 
-from fusedmoe.bench import SHAPES, default_device, dtype_of, shape_of
+from fusedmoe.bench import ROUTINGS, SHAPES, default_device, dtype_of, shape_of
 from fusedmoe.tune import tune
 
 TOKENS = (1, 8, 32, 128, 512, 2048, 4096, 8192)
@@ -31,32 +34,35 @@ def main() -> None:
     parser.add_argument("--keep", type=int)
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES))
     parser.add_argument("--schemes", nargs="+", default=["none"])
+    parser.add_argument("--routing", nargs="+", choices=ROUTINGS, default=ROUTINGS[:1])
     parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS)
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--jobs", type=int)
+    parser.add_argument("--seconds", type=float, help="for a shape, scheme and routing; without end")
+    parser.add_argument("--threads", type=int)
     given = parser.parse_args()
     device, start, distances = default_device(), time.monotonic(), []
-    for shape in given.shapes:
-        for scheme in given.schemes:
-            for step in tune(
-                shape_of(shape),
-                given.tokens,
-                dtype=dtype_of(given.dtype),
-                device=device,
-                scheme=scheme,
-                folder=given.write,
-                command="python benchmarks/planner_distance.py",
-                keep=given.keep,
-                seconds=None,
-                jobs=given.jobs,
-            ):
-                entry = step.entry
-                if entry is None or not entry.us or not entry.planned_us:
-                    continue
-                distances.append(entry.planned_us / entry.us)
-                said = f"planned {entry.planned_us:9.1f} us, best {entry.us:9.1f} us, {distances[-1]:.3f}"
-                print(f"{shape:15} {scheme:12} T {step.tokens:6}: {said}, {step.tried} tried", flush=True)
-            torch.cuda.empty_cache()
+    for shape, scheme, routing in itertools.product(given.shapes, given.schemes, given.routing):
+        for step in tune(
+            shape_of(shape),
+            given.tokens,
+            dtype=dtype_of(given.dtype),
+            device=device,
+            scheme=scheme,
+            routing=routing,
+            folder=given.write / routing,
+            command=f"python benchmarks/planner_distance.py --routing {routing}",
+            keep=given.keep,
+            seconds=given.seconds,
+            threads=given.threads,
+        ):
+            entry = step.entry
+            if entry is None or not entry.us or not entry.planned_us:
+                continue
+            distances.append(entry.planned_us / entry.us)
+            said = f"planned {entry.planned_us:9.1f} us, best {entry.us:9.1f} us, {distances[-1]:.3f}"
+            tried = "measured before" if step.resumed else f"{step.tried} tried"
+            print(f"{shape:15} {scheme:12} {routing:8} T {step.tokens:6}: {said}, {tried}", flush=True)
+        torch.cuda.empty_cache()
     if not distances:
         raise SystemExit("nothing was measured")
     mean = math.exp(sum(map(math.log, distances)) / len(distances))

@@ -63,13 +63,14 @@ def tune(
     tokens: Annotated[
         str | None, typer.Option(help="Numbers of tokens, such as 1,8,32; powers of two to 8192.")
     ] = None,
+    routing: Annotated[str, typer.Option(help="How experts are drawn: uniform or zipf.")] = "uniform",
     dtype: DType = "bfloat16",
     device: Device = None,
     write: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Folder of the file; the user's cache, which the planner reads.")
     ] = None,
     seconds: Annotated[
-        float | None, typer.Option(min=1, help="For all together; 110, without end if exhaustive.")
+        float | None, typer.Option(min=1, help="For all together; 100, without end if exhaustive.")
     ] = None,
     exhaustive: Annotated[
         bool, typer.Option("--exhaustive", help="Measure every neighbour, not the likeliest.")
@@ -86,7 +87,7 @@ def tune(
     from rich.markup import escape
     from rich.progress import Progress as Bar
 
-    from fusedmoe.bench import dtype_of, shape_of
+    from fusedmoe.bench import dtype_of, routing_of, shape_of
     from fusedmoe.tune import KEEP, SECONDS, TOKENS, export, take_over, tune as search
 
     layer: dict[str, Any] = {
@@ -107,6 +108,7 @@ def tune(
         for step in search(
             one,
             counts,
+            routing=routing_of(routing),
             command=command,
             keep=None if exhaustive else KEEP,
             seconds=seconds or (None if exhaustive else SECONDS),

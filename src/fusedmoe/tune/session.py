@@ -15,7 +15,7 @@ import torch
 from fusedmoe import experts
 from fusedmoe.atomic import replacing
 from fusedmoe.backends.launch import only_compiling
-from fusedmoe.bench import Layer, Shape, draw_layer, format_for, problem_of, time_us
+from fusedmoe.bench import ROUTINGS, Layer, Shape, draw_layer, format_for, problem_of, time_us
 from fusedmoe.checks import check
 from fusedmoe.errors import OptionError, UnsupportedError, explain
 from fusedmoe.plan import tables, vllm_json
@@ -33,8 +33,8 @@ from fusedmoe.warming import default_threads
 
 #: Numbers of tokens that are tuned: neighbours speak for all between.
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
-#: Seconds that a shape and scheme may take, compilers included.
-SECONDS = 110.0
+#: Seconds that a shape and scheme may take, compilers included: with the start of a process two minutes at most.
+SECONDS = 100.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,8 +61,8 @@ class Progress:
 class OnDevice:
     """Runs tiles on a device: compiled several at a time, verified each, timed as a replayed graph."""
 
-    def __init__(self, layer: Layer, tokens: int, threads: int) -> None:
-        arguments = layer.call(tokens)
+    def __init__(self, layer: Layer, tokens: int, routing: str, threads: int) -> None:
+        arguments = layer.call(tokens, routing)
         self._device, self._threads = arguments[0].device, threads
         self._out = torch.empty_like(arguments[0])
         self._call = check(*arguments, out=self._out, batch_invariant=False, **layer.options)
@@ -117,6 +117,7 @@ def tune(
     dtype: torch.dtype,
     device: torch.device,
     scheme: str = "none",
+    routing: str = ROUTINGS[0],
     folder: Path | None = None,
     command: str = "",
     keep: int | None = KEEP,
@@ -132,6 +133,7 @@ def tune(
     Args:
         shape, tokens, dtype, scheme: the layer and its calls.
         device: where.
+        routing: by which law the tokens' experts are drawn, of :data:`fusedmoe.bench.ROUTINGS`.
         folder: of the file; None: :func:`fusedmoe.settings.cache_folder`.
         command: that made the file, for its reader.
         keep: see :func:`fusedmoe.tune.search.search`.
@@ -155,7 +157,7 @@ def tune(
         layer = draw_layer(shape, dtype=dtype, device=device, scheme=scheme)
 
         def measuring(n_tokens: int) -> Measure:
-            return OnDevice(layer, n_tokens, threads or default_threads())
+            return OnDevice(layer, n_tokens, routing, threads or default_threads())
 
     end = None if seconds is None else time.monotonic() + seconds
     left = [problem for problem in problems if again or problem.slots not in entries]
