@@ -5,7 +5,8 @@
 Needs a vLLM that the plugin knows (0.22.1 to 0.33), and no engine: both classes are put into a ``FusedMoEKernel`` with
 the prepare and finalize steps that vLLM chooses for one GPU, which quantise rows where the scheme does. Each result is
 compared with the reference, and the two with each other; times are the median of a replayed graph, L2 emptied before
-each. ``--eager`` adds what the host takes without a graph. On a CPU vLLM's class cannot run, and ours is timed alone.
+each. Where vLLM's class refuses a layer that its function ``fused_experts`` takes, that is timed. ``--eager`` adds what
+the host takes without a graph. On a CPU vLLM's class cannot run, and ours is timed alone.
 """
 
 from __future__ import annotations
@@ -98,6 +99,7 @@ def kernel(base: Any, moe: Any, quant: Any) -> Any:
 
 def measured(layer: Layer, tokens: int, *, eager: bool) -> dict[str, object]:
     """Errors and times of both classes."""
+    from vllm.model_executor.layers import fused_moe
     from vllm.model_executor.layers.fused_moe.experts import triton_moe
 
     scheme = "none" if not isinstance(layer.w13, ExpertMatrix) else layer.w13.format.scheme
@@ -106,30 +108,28 @@ def measured(layer: Layer, tokens: int, *, eager: bool) -> dict[str, object]:
     x, w13, w2, weights, ids = arguments = layer.call(tokens)
     codes = [w.data if isinstance(w, ExpertMatrix) else w for w in (w13, w2)]
     row: dict[str, object] = {"shape": layer.shape.name, "scheme": scheme, "tokens": tokens}
+    operands = {
+        "hidden_states": x, "w1": codes[0], "w2": codes[1], "topk_weights": weights, "topk_ids": ids,
+        "global_num_experts": layer.shape.experts, "expert_map": None, "apply_router_weight_on_input": False,
+    }  # fmt: skip
     results = {}
     for name, one in (("vllm", base), ("fusedmoe", experts_class(base))):
         if name == "vllm" and x.device.type == "cpu":
             continue
-        call = functools.partial(
-            kernel(one, moe, quant).apply,
-            hidden_states=x,
-            w1=codes[0],
-            w2=codes[1],
-            topk_weights=weights,
-            topk_ids=ids,
-            activation=moe.activation,
-            global_num_experts=layer.shape.experts,
-            expert_map=None,
-            apply_router_weight_on_input=False,
-        )
+        call = functools.partial(kernel(one, moe, quant).apply, activation=moe.activation, **operands)
         try:
             results[name] = call().clone()  # it lies in vLLM's workspace
         except (AssertionError, TypeError):
             if name == "fusedmoe":
                 raise
-            # 0.22.1: rows of int8, weight-only matrices whose rows are one group, and few tokens of int4
-            row["vllm_refuses"] = True
-            continue
+            # 0.22.1: rows of int8, weight-only matrices whose rows are one group, and few tokens of int4. Its function,
+            # from before there were classes, takes the first.
+            row["vllm_class_refuses"] = True
+            call = functools.partial(fused_moe.fused_experts, quant_config=quant, **operands)
+            try:
+                results[name] = call().clone()
+            except (AssertionError, TypeError, NotImplementedError):
+                continue
         verdict = verify(results[name], arguments, layer.options)
         row |= {f"{name}_error": verdict.error, "tolerance": verdict.tolerance, f"{name}_ok": verdict.ok}
         row[f"{name}_us"] = time_us(call, x.device)
