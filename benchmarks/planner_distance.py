@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--seconds", type=float, help="for a shape, scheme and routing; without end")
-    parser.add_argument("--threads", type=int)
+    parser.add_argument("--jobs", type=int)
     given = parser.parse_args()
     device, start, distances = default_device(), time.monotonic(), []
     for shape, scheme, routing in itertools.product(given.shapes, given.schemes, given.routing):
@@ -53,7 +53,7 @@ def main() -> None:
             command=f"python benchmarks/planner_distance.py --routing {routing}",
             keep=given.keep,
             seconds=given.seconds,
-            threads=given.threads,
+            jobs=given.jobs,
         ):
             entry = step.entry
             if entry is None or not entry.us or not entry.planned_us:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.metadata
 import importlib.util
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
 
-from fusedmoe.errors import DeviceError, explain
+from fusedmoe.errors import DeviceError, OptionError, explain
 from fusedmoe.settings import settings
 
 
@@ -84,9 +86,47 @@ def device_of(device: str | torch.device | int, what: str = "device") -> torch.d
         raise DeviceError(explain(what, got=got, wanted="a device of this machine", do="See fusedmoe env.")) from cause
 
 
-@functools.cache
+#: What the CPU stands for, in all threads.
+_elsewhere: Target | None = None
+
+
+@contextlib.contextmanager
+def standing_for(target: Target) -> Iterator[None]:
+    """Within, tensors on the CPU, in all threads, stand for tensors on a device that is not here."""
+    global _elsewhere  # noqa: PLW0603 - as the environment has it, for the process
+    before, _elsewhere = _elsewhere, target
+    try:
+        yield
+    finally:
+        _elsewhere = before
+
+
+def is_elsewhere() -> bool:
+    """Whether the CPU stands for a device that is not here, and that nothing can be loaded to."""
+    return _elsewhere is not None
+
+
 def target_of(device: torch.device) -> Target:
     """The target behind a torch device; cached, since a device does not change."""
+    if _elsewhere is not None and device.type in ("cpu", "meta"):
+        return _elsewhere
+    return _found(device)
+
+
+def known(arch: str) -> Target:
+    """A device of an architecture, with the packages that are installed here.
+
+    Raises:
+        OptionError: it is none of :data:`KNOWN`.
+    """
+    if arch not in KNOWN:
+        do = "Choose one of them."
+        raise OptionError(explain("target", got=repr(arch), wanted=", ".join(KNOWN), do=do))
+    return _with_packages(KNOWN[arch])
+
+
+@functools.cache
+def _found(device: torch.device) -> Target:
     if device.type == "cuda":
         index = torch.cuda.current_device() if device.index is None else device.index
         found = _amd(index) if torch.version.hip else _nvidia(index)
@@ -95,6 +135,10 @@ def target_of(device: torch.device) -> Target:
         found = Target("intel", "xpu", 0, max(1, properties.max_compute_units // 8), 131072)
     else:
         found = Target("cpu", interpret=settings().interpret)
+    return _with_packages(found)
+
+
+def _with_packages(found: Target) -> Target:
     cap = settings().shared_memory_cap or found.shared_bytes
     return replace(
         found,

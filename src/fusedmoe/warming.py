@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -87,15 +86,16 @@ def warmup(call: Callable[[int], object], tokens: int | Iterable[int], *, thread
     device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
     grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
 
-    def met(n_tokens: int) -> frozenset[Any]:
+    def met(n_tokens: int) -> frozenset[object]:
         """The kernels of a call; what is a thread's own is as in the caller's."""
         with torch.inference_mode(inference), torch.set_grad_enabled(grad), only_compiling() as variants:
             if device is not None:
                 torch.cuda.set_device(device)
             call(n_tokens)
-            return frozenset(map(id, variants))
+            # Threads that compile the same at the same time have an object each.
+            return frozenset(getattr(kernel, "hash", id(kernel)) for kernel in variants)
 
-    found: dict[int, frozenset[int]] = {}
+    found: dict[int, frozenset[object]] = {}
     with ThreadPoolExecutor(threads) as pool:
 
         def look(wanted: Sequence[int]) -> None:
@@ -130,7 +130,7 @@ def _grid(most: int) -> list[int]:
     return sorted(numbers)
 
 
-def _between(found: dict[int, frozenset[int]]) -> list[int]:
+def _between(found: dict[int, frozenset[object]]) -> list[int]:
     """The middle between any two neighbours that launch different kernels."""
     numbers = sorted(found)
     pairs = itertools.pairwise(numbers)

@@ -11,15 +11,14 @@ import triton.language as tl
 from triton.runtime import driver
 
 import fusedmoe
-from fusedmoe import experts
-from fusedmoe.backends import triton as backend
+from fusedmoe import experts, target
+from fusedmoe.backends import elsewhere
 from fusedmoe.backends.launch import _nothing_compiled
 from fusedmoe.checks import check
 from fusedmoe.errors import CaptureError
 from fusedmoe.plan.planner import choose
 from fusedmoe.settings import settings
 from fusedmoe.target import KNOWN
-from fusedmoe.testing import codegen
 
 if settings().interpret:
     pytest.skip("compiles, so TRITON_INTERPRET must not be set", allow_module_level=True)
@@ -31,7 +30,7 @@ def fill(out, VALUE: tl.constexpr):
 
 
 def test_a_capture_refuses_what_is_not_compiled_and_takes_what_is(monkeypatch):
-    monkeypatch.setattr(driver, "_active", codegen._Driver("sm_90"))
+    monkeypatch.setattr(driver, "_active", elsewhere.Driver(KNOWN["sm_90"]))
     out = torch.zeros(1)
     message = "kernel fill: got a stream that is being captured.*fusedmoe.warmup"
     with pytest.raises(CaptureError, match=message), _nothing_compiled(fill):
@@ -45,7 +44,7 @@ def test_a_capture_refuses_what_is_not_compiled_and_takes_what_is(monkeypatch):
 
 
 def test_other_threads_compile(monkeypatch):
-    monkeypatch.setattr(driver, "_active", codegen._Driver("sm_90"))
+    monkeypatch.setattr(driver, "_active", elsewhere.Driver(KNOWN["sm_90"]))
     found = []
     with _nothing_compiled(fill):
         other = threading.Thread(target=lambda: found.append(fill.warmup(torch.zeros(1), VALUE=3, grid=(1,))))
@@ -65,8 +64,8 @@ def test_a_layer_that_is_captured_says_which_kernel_is_not_compiled(tokens, sche
     x, weights = torch.zeros(tokens, 128, dtype=torch.bfloat16), torch.zeros(tokens, 2)
     call = check(x, w13, w2, weights, torch.zeros(tokens, 2, dtype=torch.int64))
     plan = choose(call.problem, KNOWN["sm_90"], "triton")
-    monkeypatch.setattr(backend, "target_of", lambda device: KNOWN["sm_90"])
-    monkeypatch.setattr(driver, "_active", codegen._Driver("sm_90"))
+    monkeypatch.setattr(target, "_elsewhere", KNOWN["sm_90"])
+    monkeypatch.setattr(driver, "_active", elsewhere.Driver(KNOWN["sm_90"]))
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(CaptureError, match=r"kernel \w+: got a stream that is being captured"):

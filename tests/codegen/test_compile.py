@@ -22,7 +22,7 @@ from fusedmoe.schemes import SCHEMES, format_of
 from fusedmoe.settings import settings
 from fusedmoe.target import KNOWN, Target, target_of
 from fusedmoe.testing import codegen
-from fusedmoe.testing.cases import storage_of
+from fusedmoe.testing.cases import empty_matrix
 from fusedmoe.testing.codegen import Compiled, compiling_for
 
 if settings().interpret:
@@ -56,25 +56,15 @@ def compile_layer(target: str, shape, dtype=torch.float16, monkeypatch=None, for
     w13, w2 = e(n_experts, intermediate * (2 if gated else 1), hidden), e(n_experts, hidden, intermediate)
     if form is not None:
         parts = 2 if gated and options.get("gate_up_layout") != "interleaved" else 1
-        w13, w2 = empty_matrix(form, w13.shape, parts), empty_matrix(form, w2.shape)
+        w13, w2 = empty_matrix(form, w13.shape, parts=parts), empty_matrix(form, w2.shape)
     if options.get("weight_layout") == "KN":
         w13, w2 = e(n_experts, hidden, w13.shape[1]), e(n_experts, intermediate, hidden)
     ids = torch.zeros(tokens, top_k, dtype=torch.int64)
     call = check(e(tokens, hidden), w13, w2, torch.empty(tokens, top_k), ids, **options)
     plan = choose(call.problem, TARGETS[target], chosen)
-    monkeypatch.setattr(backend, "target_of", lambda device: TARGETS[target])
     with compiling_for(target) as compiled:
         experts.run(call, plan)
     return call.problem, plan.triton, compiled
-
-
-def empty_matrix(form, shape, parts=1, device="cpu") -> fusedmoe.ExpertMatrix:
-    """An expert matrix of a format, without values."""
-    tensors = {
-        name: torch.empty(sizes, dtype=dtype, device=device)
-        for name, (sizes, dtype) in storage_of(form, tuple(shape), parts).items()
-    }
-    return fusedmoe.ExpertMatrix(form, **tensors, parts=parts if form.block[0] > 1 else None)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -320,7 +310,9 @@ def test_a_workspace_for_more_tokens_serves_fewer_whichever_backend_is_chosen(fo
     e = lambda *s: torch.empty(*s, dtype=torch.bfloat16, device="meta")  # noqa: E731
     for top_k, n_experts, hidden, intermediate in ((8, 128, 2048, 768), (2, 8, 4096, 14336)):
         w13, w2 = (n_experts, 2 * intermediate, hidden), (n_experts, hidden, intermediate)
-        w13, w2 = (e(*s) if form is None else empty_matrix(form, s, p, "meta") for s, p in ((w13, 2), (w2, 1)))
+        w13, w2 = (
+            e(*s) if form is None else empty_matrix(form, s, parts=p, device="meta") for s, p in ((w13, 2), (w2, 1))
+        )
         before, chosen = 0, set()
         for tokens in sorted({2**i + d for i in range(17) for d in (-1, 0, 1)} - {0}):
             arguments = e(tokens, hidden), w13, w2, e(tokens, top_k), e(tokens, top_k).long()

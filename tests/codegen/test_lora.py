@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from fusedmoe import LoRA, experts
-from fusedmoe.backends import triton as backend
 from fusedmoe.checks import check
 from fusedmoe.plan.planner import choose
 from fusedmoe.plan.validity import shared_bytes
@@ -58,7 +57,6 @@ def compile_layer(target, shape, monkeypatch, scheme="none", rank=64, dtype=torc
     adapters = {"lora": lora, "adapter_ids": torch.zeros(tokens, dtype=torch.int64)}
     call = check(x, w13, w2, torch.empty(tokens, top_k), ids, **adapters, **options)
     plan = choose(call.problem, KNOWN[target], "triton")
-    monkeypatch.setattr(backend, "target_of", lambda device: KNOWN[target])
     with compiling_for(target) as compiled:
         experts.run(call, plan)
     return call.problem, plan.triton, compiled

@@ -25,7 +25,7 @@ SHAPE = shape_of("4,2,64,64")
 def machine(request):
     layer = draw_layer(SHAPE, dtype=torch.float32, device=CPU, scheme=request.param)
     problem = problem_of(SHAPE, 6, torch.float32, form=format_for(request.param, SHAPE))
-    return OnDevice(layer, 6, 1), Tiles.of(untuned(problem, target_of(CPU), "triton").triton)
+    return OnDevice(layer, 6, "uniform", None), Tiles.of(untuned(problem, target_of(CPU), "triton").triton)
 
 
 def test_tiles_are_timed(machine):

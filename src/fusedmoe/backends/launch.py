@@ -23,6 +23,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusedmoe.errors import CaptureError, explain
+from fusedmoe.target import is_elsewhere
 
 #: Tapes that a thread keeps; the least recently used goes first.
 KEPT = 256
@@ -187,7 +188,10 @@ def alike(tensor: torch.Tensor) -> tuple[object, ...]:
 
 @contextmanager
 def only_compiling() -> Iterator[list[Any]]:
-    """Within, this thread compiles and loads what it would launch, and launches nothing; yields the kernels."""
+    """Within, this thread compiles and loads what it would launch, and launches nothing; yields the kernels.
+
+    Loads: unless that is for a device elsewhere.
+    """
     before, _LOCAL.variants = _LOCAL.variants, []
     try:
         yield _LOCAL.variants
@@ -244,7 +248,8 @@ def launch(kernel: Any, grid: tuple[int, ...], /, *args: Any, **options: Any) ->
     """
     if _LOCAL.variants is not None:
         if (compiled := kernel.warmup(*args, grid=grid, **options)) is not None:
-            compiled[(*grid, 1, 1)[:3]]  # loads it
+            if not is_elsewhere():
+                compiled[(*grid, 1, 1)[:3]]  # loads it
             _LOCAL.variants.append(compiled)
         return
     if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():

@@ -22,10 +22,11 @@ from fusedmoe.plan.floor import Ceilings, floor_of, types_of
 from fusedmoe.plan.planner import choose, support
 from fusedmoe.settings import settings
 from fusedmoe.spec.activation import Activation
+from fusedmoe.spec.format import Format
 from fusedmoe.spec.layout import GateUpLayout
 from fusedmoe.spec.problem import Problem
 from fusedmoe.target import Target, target_of
-from fusedmoe.testing.cases import random_matrix
+from fusedmoe.testing.cases import empty_matrix, random_matrix
 from fusedmoe.testing.verify import Verdict, verify
 
 #: Above so many tokens a GPU works longer than its host, whose time then does not matter.
@@ -126,12 +127,22 @@ def draw_layer(
     activation: str = ACTIVATION,
     gate_up_layout: GateUpLayout = "concatenated",
     bias: bool = False,
+    values: bool = True,
 ) -> Layer:
-    """A random layer of a shape, the same in every run; arguments as those of :func:`bench`."""
+    """A random layer of a shape, the same in every run; arguments as those of :func:`bench`.
+
+    ``values`` False: its weights are whatever is in memory that was not touched, for who does not run it.
+    """
     generator = torch.Generator(device).manual_seed(0)
 
     def draw(*sizes: int, fan_in: int = 1) -> Tensor:
-        return torch.empty(sizes, dtype=dtype, device=device).normal_(0.0, fan_in**-0.5, generator=generator)
+        empty = torch.empty(sizes, dtype=dtype, device=device)
+        return empty.normal_(0.0, fan_in**-0.5, generator=generator) if values else empty
+
+    def draw_matrix(form: Format, sizes: tuple[int, int, int], parts: int = 1) -> ExpertMatrix:
+        if not values:
+            return empty_matrix(form, sizes, parts=parts, device=device)
+        return random_matrix(form, sizes, generator, parts=parts)
 
     e, h, i = shape.experts, shape.hidden, shape.intermediate
     form = format_for(scheme, shape)
@@ -141,8 +152,8 @@ def draw_layer(
     if form is None:
         w13, w2 = draw(e, parts * i, h, fan_in=h), draw(e, h, i, fan_in=i)
     else:
-        w13 = random_matrix(form, (e, parts * i, h), generator, parts=parts if gate_up_layout == "concatenated" else 1)
-        w2 = random_matrix(form, (e, h, i), generator)
+        w13 = draw_matrix(form, (e, parts * i, h), parts if gate_up_layout == "concatenated" else 1)
+        w2 = draw_matrix(form, (e, h, i))
     options: dict[str, Any] = {"activation": activation}
     if parts == 2:
         options["gate_up_layout"] = gate_up_layout

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,6 +12,7 @@ import typer
 
 from fusedmoe.cli.options import Backend, Device, DType, Json, Scheme, as_json, device_from, integers
 from fusedmoe.errors import OptionError, explain
+from fusedmoe.target import known
 
 if TYPE_CHECKING:
     from fusedmoe.tune import Progress
@@ -29,28 +31,35 @@ def warmup(
     bias: Annotated[bool, typer.Option("--bias", help="Both matrices have biases.")] = False,
     device: Device = None,
     backend: Backend = None,
+    target: Annotated[
+        str | None, typer.Option(help="For a GPU that is not here: its architecture, such as sm_90 or gfx942.")
+    ] = None,
     threads: _Threads = None,
     json: Json = False,
 ) -> None:
     """Compile every kernel for T = 1 to --tokens into Triton's cache on disk, where later processes find them."""
+    import torch
+
     import fusedmoe
     from fusedmoe.bench import draw_layer, dtype_of, shape_of
 
     layer = draw_layer(
         shape_of(shape),
         dtype=dtype_of(dtype),
-        device=device_from(device),
+        device=device_from(device) if target is None else torch.device("cpu"),
         scheme=scheme,
         activation=activation,
         gate_up_layout="interleaved" if interleaved else "concatenated",
         bias=bias,
+        values=False,
     )
     x, w13, w2, weights, ids = layer.call(tokens)
 
     def call(n: int) -> object:
         return fusedmoe.fused_experts(x[:n], w13, w2, weights[:n], ids[:n], backend=backend, **layer.options)
 
-    done = fusedmoe.warmup(call, tokens, threads=threads)
+    with _elsewhere(target):
+        done = fusedmoe.warmup(call, tokens, threads=threads)
     if json:
         typer.echo(as_json(asdict(done)))
     else:
@@ -76,7 +85,9 @@ def tune(
         bool, typer.Option("--exhaustive", help="Measure every neighbour, not the likeliest.")
     ] = False,
     again: Annotated[bool, typer.Option("--again", help="Measure also what the file has already.")] = False,
-    threads: _Threads = None,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="Processes that compile; as many as CPUs, at most 16.")
+    ] = None,
     vllm: Annotated[bool, typer.Option("--vllm", help="Write beside it the file that vLLM would look for.")] = False,
     from_vllm: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Measure nothing: take the tiles of a tuned file of vLLM.")
@@ -112,7 +123,7 @@ def tune(
             command=command,
             keep=None if exhaustive else KEEP,
             seconds=seconds or (None if exhaustive else SECONDS),
-            threads=threads,
+            jobs=jobs,
             again=again,
             note=lambda step: bar.update(task, description=escape(_best(step))),
             **layer,
@@ -127,6 +138,18 @@ def tune(
     typer.echo(f"written: {path}")
     if vllm:
         typer.echo(f"written: {export(one, **layer)}")
+
+
+def _elsewhere(target: str | None) -> AbstractContextManager[None]:
+    """What kernels are compiled for: a GPU that is here, or the architecture that was named."""
+    if target is None:
+        return nullcontext()
+    found = known(target)
+    if not found.triton:
+        raise OptionError(explain("--target", got="no Triton", wanted="the package triton", do="Install it."))
+    from fusedmoe.backends import elsewhere
+
+    return elsewhere.compiling_for(found)
 
 
 def _best(step: Progress) -> str:

@@ -109,6 +109,17 @@ def storage_of(form: Format, shape: tuple[int, int, int], parts: int = 1) -> dic
     return found
 
 
+def empty_matrix(
+    form: Format, shape: tuple[int, int, int], *, parts: int = 1, device: torch.device | str = "cpu"
+) -> ExpertMatrix:
+    """An expert matrix [E, N, K] without values."""
+    tensors: dict[str, Any] = {
+        name: torch.empty(sizes, dtype=dtype, device=device)
+        for name, (sizes, dtype) in storage_of(form, shape, parts).items()
+    }
+    return ExpertMatrix(form, **tensors, parts=parts if form.block[0] > 1 else None)
+
+
 def random_matrix(
     form: Format,
     shape: tuple[int, int, int],

@@ -1,8 +1,4 @@
-"""Compile what a call would launch, for any target, on a machine without a GPU.
-
-The launchers run as they are, on CPU tensors; only the last step, the launch, is left out. So what is
-compiled is what a device would get: same specialisation, same options, same tensor maps.
-"""
+"""What a call would launch on any target, compiled on a machine without a GPU, and what its machine code says."""
 
 from __future__ import annotations
 
@@ -17,38 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import triton
-from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
-from triton.runtime import driver
-from triton.runtime.jit import JITFunction
 
-#: Targets by the names used in this project.
-TARGETS = {
-    "sm_75": GPUTarget("cuda", 75, 32),
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-}
+from fusedmoe.backends import elsewhere
+from fusedmoe.backends.launch import only_compiling
+from fusedmoe.target import KNOWN
 
+#: Targets that tests compile for.
+TARGETS = ("sm_75", "sm_80", "sm_90", "sm_100", "gfx942")
 
 _BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-
-
-class _Driver:
-    """Stands in for a GPU driver: knows its target, launches nothing."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def get_current_target(self) -> GPUTarget:
-        return TARGETS[self.name]
-
-    def get_current_device(self) -> str:
-        return self.name  # a key of Triton's per-device caches, nothing more
-
-    def get_current_stream(self, device: object) -> int:
-        return 0
 
 
 @dataclass(frozen=True)
@@ -77,7 +51,7 @@ class Compiled:
             source.write_text(self.asm["ptx"], encoding="utf-8")
             arch = re.findall(r"\.target\s+(\w+)", self.asm["ptx"])[0]
             binary = Path(folder) / "kernel.cubin"
-            command = [_assembler(TARGETS[self.target].arch), "-v", f"-arch={arch}", str(source), "-o", str(binary)]
+            command = [_assembler(KNOWN[self.target].capability), "-v", f"-arch={arch}", str(source), "-o", str(binary)]
             said = subprocess.run(command, check=True, capture_output=True, text=True)
         return re.findall(r".*\((?:C\d+)\).*", said.stdout + said.stderr)
 
@@ -118,20 +92,8 @@ def _describe(kernel: Any, target: str) -> Compiled:
 
 @contextlib.contextmanager
 def compiling_for(target: str) -> Iterator[list[Compiled]]:
-    """Within the context every Triton launch compiles for ``target`` and is left out; yields what was compiled."""
+    """Within, this thread's launches compile for ``target`` and are left out; afterwards the list has the kernels."""
     compiled: list[Compiled] = []
-    run = JITFunction.run
-
-    def only_compile(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
-        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
-        compiled.append(_describe(kernel, target))
-        return kernel
-
-    before = driver._active
-    driver.set_active(_Driver(target))
-    JITFunction.run = only_compile
-    try:
+    with elsewhere.compiling_for(KNOWN[target]), only_compiling() as kernels:
         yield compiled
-    finally:
-        JITFunction.run = run
-        driver._active = before
+    compiled += [_describe(kernel, target) for kernel in kernels]

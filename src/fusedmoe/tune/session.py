@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import datetime as dt
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,7 +13,6 @@ import torch
 
 from fusedmoe import experts
 from fusedmoe.atomic import replacing
-from fusedmoe.backends.launch import only_compiling
 from fusedmoe.bench import ROUTINGS, Layer, Shape, draw_layer, format_for, problem_of, time_us
 from fusedmoe.checks import check
 from fusedmoe.errors import OptionError, UnsupportedError, explain
@@ -27,9 +25,9 @@ from fusedmoe.settings import cache_folder
 from fusedmoe.spec.problem import Problem
 from fusedmoe.target import Target, target_of, version_of
 from fusedmoe.testing.verify import Oracle
+from fusedmoe.tune.compilers import Compilers, Work
 from fusedmoe.tune.search import KEEP, Found, Measure, search
 from fusedmoe.tune.space import Tiles
-from fusedmoe.warming import default_threads
 
 #: Numbers of tokens that are tuned: neighbours speak for all between.
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
@@ -61,9 +59,9 @@ class Progress:
 class OnDevice:
     """Runs tiles on a device: compiled several at a time, verified each, timed as a replayed graph."""
 
-    def __init__(self, layer: Layer, tokens: int, routing: str, threads: int) -> None:
+    def __init__(self, layer: Layer, tokens: int, routing: str, compilers: Compilers | None) -> None:
         arguments = layer.call(tokens, routing)
-        self._device, self._threads = arguments[0].device, threads
+        self._device, self._tokens, self._compilers = arguments[0].device, tokens, compilers
         self._out = torch.empty_like(arguments[0])
         self._call = check(*arguments, out=self._out, batch_invariant=False, **layer.options)
         self._target = target_of(self._device)
@@ -83,16 +81,8 @@ class OnDevice:
 
     def prepare(self, candidates: Sequence[Tiles]) -> None:
         """Compile; what cannot be compiled is found out by :meth:`time`."""
-
-        def compile_one(tiles: Tiles) -> None:
-            if self._device.type == "cuda":
-                torch.cuda.set_device(self._device)  # of this thread
-            # What fails here is found out again when it is run.
-            with contextlib.suppress(Exception), torch.no_grad(), only_compiling():
-                experts.run(self._call, self._plan(tiles))
-
-        with ThreadPoolExecutor(self._threads) as pool:
-            list(pool.map(compile_one, candidates))
+        if self._compilers is not None:
+            self._compilers.compile(self._tokens, candidates)
 
     def time(self, tiles: Tiles, *, careful: bool) -> float | None:
         """Microseconds; None when the kernels fail or the result is wrong."""
@@ -122,7 +112,7 @@ def tune(
     command: str = "",
     keep: int | None = KEEP,
     seconds: float | None = SECONDS,
-    threads: int | None = None,
+    jobs: int | None = None,
     again: bool = False,
     target: Target | None = None,
     measuring: Callable[[int], Measure] | None = None,
@@ -138,7 +128,7 @@ def tune(
         command: that made the file, for its reader.
         keep: see :func:`fusedmoe.tune.search.search`.
         seconds: for all together; the search is cut short where its share is over. None: no limit.
-        threads: that compile at a time; None: as many as there are processors, 8 at most.
+        jobs: processes that compile at a time; None: as many as there are processors, 16 at most.
         again: measure also what is in the file.
         note: told of each new best on the way.
         target, measuring: in the place of the device: its facts, and what runs tiles of so many tokens.
@@ -153,36 +143,45 @@ def tune(
     path = _path(problems[0], target, folder)
     read_files_again()  # another process may have written it
     entries = {entry.slots: entry for entry in tables.read(path, target)}
-    if measuring is None:
-        layer = draw_layer(shape, dtype=dtype, device=device, scheme=scheme)
-
-        def measuring(n_tokens: int) -> Measure:
-            return OnDevice(layer, n_tokens, routing, threads or default_threads())
-
+    here = nullcontext(measuring) if measuring else _on_device(shape, dtype, device, scheme, routing, target, jobs)
     end = None if seconds is None else time.monotonic() + seconds
     left = [problem for problem in problems if again or problem.slots not in entries]
-    for problem in problems:
-        if problem not in left:
-            yield Progress(tokens=problem.tokens, path=path, entry=entries[problem.slots], resumed=True)
-            continue
-        now = time.monotonic()
-        stop = None if end is None else now + (end - now) / (len(left) - left.index(problem))
-        planned = untuned(problem, target).triton
-        assert planned is not None, "checked with the path"
-        found = search(
-            problem,
-            target,
-            Tiles.of(planned),
-            measuring(problem.tokens),
-            keep=keep,
-            more=lambda stop=stop: stop is None or time.monotonic() < stop,  # type: ignore[misc]
-            note=lambda tiles, us, n=problem.tokens: note(Progress(tokens=n, path=path, tiles=tiles, us=us)),  # type: ignore[misc]
-        )
-        if found is None:
-            continue
-        entry = entries[problem.slots] = _entry(problem, found)
-        _write(path, contents(list(entries.values()), target, command))
-        yield Progress(tokens=problem.tokens, path=path, entry=entry, tiles=found.tiles, us=found.us, tried=found.tried)
+    with here as measure:
+        for problem in problems:
+            if problem not in left:
+                yield Progress(tokens=problem.tokens, path=path, entry=entries[problem.slots], resumed=True)
+                continue
+            now = time.monotonic()
+            stop = None if end is None else now + (end - now) / (len(left) - left.index(problem))
+            planned = untuned(problem, target).triton
+            assert planned is not None, "checked with the path"
+            found = search(
+                problem,
+                target,
+                Tiles.of(planned),
+                measure(problem.tokens),
+                keep=keep,
+                more=lambda stop=stop: stop is None or time.monotonic() < stop,  # type: ignore[misc]
+                note=lambda tiles, us, n=problem.tokens: note(Progress(tokens=n, path=path, tiles=tiles, us=us)),  # type: ignore[misc]
+            )
+            if found is None:
+                continue
+            entry = entries[problem.slots] = _entry(problem, found)
+            _write(path, contents(list(entries.values()), target, command))
+            yield Progress(
+                tokens=problem.tokens, path=path, entry=entry, tiles=found.tiles, us=found.us, tried=found.tried
+            )
+
+
+@contextmanager
+def _on_device(
+    shape: Shape, dtype: torch.dtype, device: torch.device, scheme: str, routing: str, target: Target, jobs: int | None
+) -> Iterator[Callable[[int], Measure]]:
+    """What runs tiles of so many tokens, with processes that compile for it where there is something to compile."""
+    layer = draw_layer(shape, dtype=dtype, device=device, scheme=scheme)
+    work = Work(shape, dtype, scheme, target)
+    with closing(Compilers(work, jobs)) if device.type == "cuda" else nullcontext() as compilers:
+        yield lambda tokens: OnDevice(layer, tokens, routing, compilers)
 
 
 def take_over(

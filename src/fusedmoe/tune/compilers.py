@@ -1,0 +1,94 @@
+"""Processes that compile candidates while this one has the device.
+
+Threads of one process take turns in Triton's front end. So the launches of each candidate are compiled in processes
+that never touch the device (:mod:`fusedmoe.backends.elsewhere`), into Triton's cache on disk, where they are found.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import multiprocessing
+import os
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any, NamedTuple
+
+import torch
+
+from fusedmoe import experts
+from fusedmoe.backends import elsewhere
+from fusedmoe.backends.launch import only_compiling
+from fusedmoe.bench import Shape, draw_layer
+from fusedmoe.call import Call
+from fusedmoe.checks import check
+from fusedmoe.plan.config import Plan
+from fusedmoe.target import Target
+from fusedmoe.tune.space import Tiles
+
+_log = logging.getLogger("fusedmoe")
+
+#: Processes at most: each takes half a gigabyte and some seconds to start.
+MOST = 16
+
+
+class Work(NamedTuple):
+    """What all candidates have in common."""
+
+    shape: Shape
+    dtype: torch.dtype
+    scheme: str
+    target: Target
+
+
+class Compilers:
+    """``jobs`` of them; None: as many as there are processors, :data:`MOST` at most. They start when there is work."""
+
+    def __init__(self, work: Work, jobs: int | None = None) -> None:
+        context = multiprocessing.get_context("spawn")  # a fork would have the device of this process
+        jobs = jobs or min(MOST, os.cpu_count() or 1)
+        self._pool = ProcessPoolExecutor(jobs, context, initializer=_start, initargs=(work,))
+
+    def close(self) -> None:
+        """End them."""
+        self._pool.shutdown(cancel_futures=True)
+
+    def compile(self, tokens: int, candidates: Sequence[Tiles]) -> int:
+        """Compile what calls of so many tokens launch with these tiles; returns how many could be.
+
+        What could not is found out where it is run; if the processes died, all is compiled there.
+        """
+        try:
+            return sum(self._pool.map(_compile, [tokens] * len(candidates), candidates))
+        except BrokenProcessPool as cause:
+            _log.warning("Processes that compile ended (%s): this one compiles, which takes longer.", cause)
+            return 0
+
+
+#: Of a process, which does nothing else.
+_own: dict[str, Any] = {}
+
+
+def _start(work: Work) -> None:
+    torch.set_num_threads(1)
+    layer = draw_layer(work.shape, dtype=work.dtype, device=torch.device("cpu"), scheme=work.scheme, values=False)
+    _own.update(work=work, layer=layer)
+
+
+@functools.lru_cache(maxsize=1)
+def _call(tokens: int) -> Call:
+    layer = _own["layer"]
+    arguments = layer.call(tokens)
+    return check(*arguments, out=torch.empty_like(arguments[0]), batch_invariant=False, **layer.options)
+
+
+def _compile(tokens: int, tiles: Tiles) -> bool:
+    target = _own["work"].target
+    try:
+        call = _call(tokens)
+        with torch.no_grad(), elsewhere.compiling_for(target), only_compiling():
+            experts.run(call, Plan(backend=tiles.backend, triton=tiles.plan(call.problem, target)))
+    except Exception:  # noqa: BLE001 - what does not compile is no candidate, which is found out where it is run
+        return False
+    return True

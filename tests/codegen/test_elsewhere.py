@@ -1,0 +1,86 @@
+"""Compiled for a GPU that is not here, by the command and by the tuner, under the names that are looked for there."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+from contextlib import closing
+from dataclasses import replace
+
+import pytest
+import torch
+
+import fusedmoe
+from fusedmoe.backends import elsewhere
+from fusedmoe.bench import format_for, problem_of, shape_of
+from fusedmoe.errors import OptionError
+from fusedmoe.settings import settings
+from fusedmoe.target import known, target_of
+from fusedmoe.tune.compilers import Compilers, Work
+from fusedmoe.tune.space import starts
+
+if settings().interpret:
+    pytest.skip("compiles, so TRITON_INTERPRET must not be set", allow_module_level=True)
+
+SHAPE = shape_of("8,2,256,128")
+
+
+def kernels(cache):
+    """Names of what lies compiled in a cache."""
+    return {(path.parent.name, path.stem) for path in cache.glob("*/*.cubin")}
+
+
+def test_a_warmup_for_a_gpu_that_is_not_here_leaves_what_a_process_there_looks_for(tmp_path, monkeypatch):
+    """Another process finds all of it, and compiles nothing; calls of this one, of other tensors, neither."""
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    layer = ("8,2,256,128", "--target", "sm_90", "--tokens", "300")
+    command = [sys.executable, "-m", "fusedmoe", "warmup", *layer]
+    said = subprocess.run(command, check=True, env=environment, capture_output=True, text=True).stdout
+    first = kernels(tmp_path)
+    assert {"grouped_gemm", "grouped_gemm_sm90", "route", "combine"} <= {name for _, name in first}
+    assert f"{len(first)} kernels" in said
+    subprocess.run(command, check=True, env=environment, capture_output=True)
+    assert kernels(tmp_path) == first
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    w13, w2 = torch.randn(8, 256, 256).bfloat16(), torch.randn(8, 256, 128).bfloat16()
+    x, weights, ids = torch.randn(300, 256).bfloat16(), torch.rand(300, 2), torch.randint(0, 8, (300, 2)).int()
+    with elsewhere.compiling_for(known("sm_90")):
+        fusedmoe.warmup(lambda n: fusedmoe.fused_experts(x[:n], w13, w2, weights[:n], ids[:n]), 300)
+    assert kernels(tmp_path) == first
+
+
+def test_the_cpu_is_the_cpu_again():
+    before = target_of(torch.device("cpu"))
+    with elsewhere.compiling_for(known("gfx942")):
+        assert target_of(torch.device("cpu")).arch == "gfx942"
+    assert target_of(torch.device("cpu")) == before and before.vendor == "cpu"
+
+
+def test_targets_that_nothing_is_compiled_for():
+    with pytest.raises(OptionError, match="target: got 'sm_91'; wanted sm_75, .*gfx942"):
+        known("sm_91")
+    cpu = target_of(torch.device("cpu"))
+    with pytest.raises(OptionError, match="wanted one of NVIDIA's or AMD's"), elsewhere.compiling_for(cpu):
+        pass
+
+
+@pytest.mark.parametrize("scheme", ["none", "fp8_block"])
+def test_processes_of_the_tuner(scheme, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    target = known("sm_90")
+    candidates = starts(problem_of(SHAPE, 300, torch.bfloat16, form=format_for(scheme, SHAPE)), target)
+    broken = candidates[-1]._replace(gate_up=replace(candidates[-1].gate_up, block_k=17))
+    with closing(Compilers(Work(SHAPE, torch.bfloat16, scheme, target), 2)) as compilers:
+        assert compilers.compile(300, [*candidates, broken]) == len(candidates)
+        found = kernels(tmp_path)
+        assert found and compilers.compile(300, candidates) == len(candidates)
+    assert kernels(tmp_path) == found
+
+
+def test_processes_that_cannot_start_are_told_of(caplog):
+    work = Work(SHAPE, torch.bfloat16, "no such scheme", known("sm_90"))
+    with closing(Compilers(work, 1)) as compilers, caplog.at_level(logging.WARNING, "fusedmoe"):
+        assert compilers.compile(1, starts(problem_of(SHAPE, 1, torch.bfloat16, form=None), known("sm_90"))) == 0
+    assert "this one compiles" in caplog.text
