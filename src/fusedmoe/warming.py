@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 
 from fusedmoe.backends.launch import only_compiling
 from fusedmoe.errors import DTypeError, OptionError, explain
+from fusedmoe.settings import settings
+from fusedmoe.target import Target, known
 
 #: Up to here every number of tokens is looked at; then as many to an octave, and between two that differ.
 EVERY = 16
@@ -36,7 +40,13 @@ class Warmup:
     seconds: float
 
 
-def warmup(call: Callable[[int], object], tokens: int | Iterable[int], *, threads: int | None = None) -> Warmup:
+def warmup(
+    call: Callable[[int], object],
+    tokens: int | Iterable[int],
+    *,
+    threads: int | None = None,
+    target: str | None = None,
+) -> Warmup:
     """Compile and load every kernel that a layer launches for given numbers of tokens, and launch none.
 
     Later calls then compile nothing: what a kernel is specialised on depends on the types, strides and alignments of
@@ -50,13 +60,16 @@ def warmup(call: Callable[[int], object], tokens: int | Iterable[int], *, thread
             is launched, so its results mean nothing. It is called in several threads at once.
         tokens: the most tokens of a call, or the very numbers that occur.
         threads: that compile at a time; None: as many as there are processors, 8 at most.
+        target: architecture of a GPU that is not here, "sm_90" or "gfx942": the call's tensors lie on the CPU, and what
+            is compiled lies in Triton's cache on disk for a process with the same Triton and Python on such a GPU. No
+            other thread may call the library meanwhile.
 
     Returns:
         What was compiled, and in what time. A layer on the CPU has nothing to compile.
 
     Raises:
         DTypeError: call is no function, or tokens no integers.
-        OptionError: a number is below 1.
+        OptionError: a number is below 1, or nothing can be compiled for such a target here.
         Whatever the call raises.
 
     >>> import torch, fusedmoe
@@ -96,7 +109,8 @@ def warmup(call: Callable[[int], object], tokens: int | Iterable[int], *, thread
             return frozenset(getattr(kernel, "hash", id(kernel)) for kernel in variants)
 
     found: dict[int, frozenset[object]] = {}
-    with ThreadPoolExecutor(threads) as pool:
+    there = nullcontext() if target is None else _compiling_for(known(target))
+    with there, ThreadPoolExecutor(threads) as pool:
 
         def look(wanted: Sequence[int]) -> None:
             missing = sorted({n for n in wanted if n not in found})
@@ -112,6 +126,16 @@ def warmup(call: Callable[[int], object], tokens: int | Iterable[int], *, thread
             look(numbers)
     variants = frozenset().union(*found.values())
     return Warmup(len(found), len(variants), time.perf_counter() - start)
+
+
+def _compiling_for(target: Target) -> AbstractContextManager[None]:
+    if not target.triton or target.unfit or settings().interpret:
+        got = "no Triton" if not target.triton else target.unfit or "TRITON_INTERPRET=1"
+        do = "See fusedmoe env."
+        raise OptionError(explain(f"target {target.arch}", got=got, wanted="Triton's compiler", do=do))
+    elsewhere = importlib.import_module("fusedmoe.backends.elsewhere")  # whoever compiles nothing needs no compiler
+    there: AbstractContextManager[None] = elsewhere.compiling_for(target)
+    return there
 
 
 def default_threads() -> int:

@@ -13,11 +13,12 @@ import pytest
 import torch
 
 import fusedmoe
+from fusedmoe import warming
 from fusedmoe.backends import elsewhere
 from fusedmoe.bench import format_for, problem_of, shape_of
 from fusedmoe.errors import OptionError
 from fusedmoe.settings import settings
-from fusedmoe.target import known, target_of
+from fusedmoe.target import KNOWN, known, target_of
 from fusedmoe.tune.compilers import Compilers, Work
 from fusedmoe.tune.space import starts
 
@@ -46,8 +47,8 @@ def test_a_warmup_for_a_gpu_that_is_not_here_leaves_what_a_process_there_looks_f
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     w13, w2 = torch.randn(8, 256, 256).bfloat16(), torch.randn(8, 256, 128).bfloat16()
     x, weights, ids = torch.randn(300, 256).bfloat16(), torch.rand(300, 2), torch.randint(0, 8, (300, 2)).int()
-    with elsewhere.compiling_for(known("sm_90")):
-        fusedmoe.warmup(lambda n: fusedmoe.fused_experts(x[:n], w13, w2, weights[:n], ids[:n]), 300)
+    call = lambda n: fusedmoe.fused_experts(x[:n], w13, w2, weights[:n], ids[:n])  # noqa: E731
+    assert fusedmoe.warmup(call, 300, target="sm_90").variants == len(first)
     assert kernels(tmp_path) == first
 
 
@@ -58,9 +59,12 @@ def test_the_cpu_is_the_cpu_again():
     assert target_of(torch.device("cpu")) == before and before.vendor == "cpu"
 
 
-def test_targets_that_nothing_is_compiled_for():
+def test_targets_that_nothing_is_compiled_for(monkeypatch):
     with pytest.raises(OptionError, match="target: got 'sm_91'; wanted sm_75, .*gfx942"):
-        known("sm_91")
+        fusedmoe.warmup(print, 1, target="sm_91")
+    monkeypatch.setattr(warming, "known", lambda arch: replace(KNOWN[arch], unfit="an old Triton"))
+    with pytest.raises(OptionError, match="target sm_90: got an old Triton; wanted Triton's compiler"):
+        fusedmoe.warmup(print, 1, target="sm_90")
     cpu = target_of(torch.device("cpu"))
     with pytest.raises(OptionError, match="wanted one of NVIDIA's or AMD's"), elsewhere.compiling_for(cpu):
         pass

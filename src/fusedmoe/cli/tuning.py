@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,7 +11,6 @@ import typer
 
 from fusedmoe.cli.options import Backend, Device, DType, Json, Scheme, as_json, device_from, integers
 from fusedmoe.errors import OptionError, explain
-from fusedmoe.target import known
 
 if TYPE_CHECKING:
     from fusedmoe.tune import Progress
@@ -43,6 +41,9 @@ def warmup(
     import fusedmoe
     from fusedmoe.bench import draw_layer, dtype_of, shape_of
 
+    if target is not None and device is not None:
+        got, do = f"--device {device} --target {target}", "Leave one of them out."
+        raise OptionError(explain("options", got=got, wanted="a GPU that is here, or one that is not", do=do))
     layer = draw_layer(
         shape_of(shape),
         dtype=dtype_of(dtype),
@@ -58,8 +59,7 @@ def warmup(
     def call(n: int) -> object:
         return fusedmoe.fused_experts(x[:n], w13, w2, weights[:n], ids[:n], backend=backend, **layer.options)
 
-    with _elsewhere(target):
-        done = fusedmoe.warmup(call, tokens, threads=threads)
+    done = fusedmoe.warmup(call, tokens, threads=threads, target=target)
     if json:
         typer.echo(as_json(asdict(done)))
     else:
@@ -138,18 +138,6 @@ def tune(
     typer.echo(f"written: {path}")
     if vllm:
         typer.echo(f"written: {export(one, **layer)}")
-
-
-def _elsewhere(target: str | None) -> AbstractContextManager[None]:
-    """What kernels are compiled for: a GPU that is here, or the architecture that was named."""
-    if target is None:
-        return nullcontext()
-    found = known(target)
-    if not found.triton:
-        raise OptionError(explain("--target", got="no Triton", wanted="the package triton", do="Install it."))
-    from fusedmoe.backends import elsewhere
-
-    return elsewhere.compiling_for(found)
 
 
 def _best(step: Progress) -> str:
