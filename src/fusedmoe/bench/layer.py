@@ -239,7 +239,8 @@ def describe_tile(config: KernelConfig) -> str:
     text += f" group_m={config.group_m}" if config.group_m > 1 else ""
     text += f" maps={config.maps}" if config.maps != "none" else ""
     text += f" programs_per_sm={config.programs_per_sm}" if config.programs_per_sm else ""
-    return text + (" flatten" if config.flatten else "")
+    flags = ("flatten", "swap", "pairs", "words", "scale_weights", "specialised")
+    return " ".join([text, *(flag for flag in flags if getattr(config, flag))])
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ from fusedmoe.errors import OptionError, explain
 
 if TYPE_CHECKING:
     from fusedmoe.tune import Progress
+    from fusedmoe.tune.space import Tiles
 
 _Shape = Annotated[str, typer.Argument(help="A known model (see bench), E,top_k,H,I, or the path of a config.json.")]
 _Threads = Annotated[int | None, typer.Option(min=1, help="Threads that compile; as many as CPUs, at most 8.")]
@@ -142,21 +143,25 @@ def tune(
 
 def _best(step: Progress) -> str:
     """The best so far, on one line."""
+    return f"T {step.tokens}" + ("" if step.tiles is None else f": {step.us:.1f} us, {_tiles(step.tiles)}")
+
+
+def _tiles(tiles: Tiles) -> str:
     from fusedmoe.bench.layer import describe_tile, path_of
 
-    if step.tiles is None:
-        return f"T {step.tokens}"
-    few, gate_up, down = step.tiles
-    path = path_of(few=few, gate_up=gate_up)
-    return f"T {step.tokens}: {step.us:.1f} us, {path}; {describe_tile(gate_up)}; {describe_tile(down)}"
+    path = path_of(few=tiles.few, gate_up=tiles.gate_up)
+    return f"{path}; {describe_tile(tiles.gate_up)}; {describe_tile(tiles.down)}"
 
 
 def _line(step: Progress) -> str:
     """The result for a number of tokens, on one line."""
     entry, said = step.entry, "in the file already" if step.resumed else f"{step.tried} tried"
-    if entry is None or entry.gate_up is None or entry.us is None or entry.planned_us is None:
+    if entry is None or entry.us is None or entry.planned_us is None:
         return f"T {step.tokens}: as planned; {said}"
+    if entry.gate_up is None:
+        return f"T {step.tokens}: {entry.us:.1f} us, as planned; {said}"
     gain = entry.planned_us / entry.us - 1
+    said += "" if step.tiles is None else f"; {_tiles(step.tiles)}"
     return f"T {step.tokens}: {entry.us:.1f} us, planned {entry.planned_us:.1f} (+{gain:.0%}); {said}"
 
 
