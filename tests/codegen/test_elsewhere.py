@@ -19,6 +19,7 @@ from fusedmoe.bench import format_for, problem_of, shape_of
 from fusedmoe.errors import OptionError
 from fusedmoe.settings import settings
 from fusedmoe.target import KNOWN, known, target_of
+from fusedmoe.tune import session
 from fusedmoe.tune.compilers import Compilers, Work
 from fusedmoe.tune.space import starts
 
@@ -88,3 +89,29 @@ def test_processes_that_cannot_start_are_told_of(caplog):
     with closing(Compilers(work, 1)) as compilers, caplog.at_level(logging.WARNING, "fusedmoe"):
         assert compilers.compile(1, starts(problem_of(SHAPE, 1, torch.bfloat16, form=None), known("sm_90"))) == 0
     assert "this one compiles" in caplog.text
+
+
+def test_a_tuner_of_a_gpu_compiles_in_processes_before_it_measures(tmp_path, monkeypatch):
+    """The GPU is a clock that asks whether the kernels of what it is to run lie in the cache."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    device, closed = torch.device("cuda", 0), []
+    monkeypatch.setattr(session, "draw_layer", lambda *a, **k: None)
+    monkeypatch.setattr(Compilers, "close", lambda self: (closed.append(self), self._pool.shutdown()))
+
+    class Clock:
+        def __init__(self, layer, tokens, routing, compilers):
+            self.tokens, self.compilers = tokens, compilers
+
+        def prepare(self, candidates):
+            assert self.compilers.compile(self.tokens, candidates) == len(candidates)
+
+        def time(self, tiles, *, careful):
+            names = {name for _, name in kernels(tmp_path / "cache")}
+            assert {"grouped_gemv" if tiles.gate_up.block_m == 1 else "grouped_gemm"} <= names
+            return 100.0 - tiles.down.stages
+
+    monkeypatch.setattr(session, "OnDevice", Clock)
+    how = {"dtype": torch.bfloat16, "device": device, "target": known("sm_90"), "keep": 2, "seconds": None, "jobs": 2}
+    steps = list(session.tune(SHAPE, (1, 16), folder=tmp_path / "tuned", **how))
+    assert [step.tokens for step in steps] == [1, 16] and all(step.tried > 4 for step in steps)
+    assert len(closed) == 1
