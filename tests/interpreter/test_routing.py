@@ -30,7 +30,9 @@ def test_several_programs_place_the_chunks_in_several_steps(shape, ids, monkeypa
 
 
 @pytest.mark.parametrize("ids", ["uniform", "any", "one", "invalid", "absent"])
-@pytest.mark.parametrize("shape", [(5, 2, 3), (100, 3, 7), (64, 2, 130), (700, 2, 6), (300, 4, 33), (2100, 2, 6)])
+@pytest.mark.parametrize(
+    "shape", [(5, 2, 3), (100, 3, 7), (64, 2, 130), (700, 2, 6), (300, 4, 33), (2048, 2, 300), (2049, 2, 6)]
+)
 def test_schedule(shape, ids):
     tokens, top_k, n_experts = shape
     case = Case(tokens=tokens, top_k=top_k, experts=n_experts, hidden=16, intermediate=16, ids=ids)
