@@ -45,8 +45,8 @@ PATIENCE = 600
 SHAPES = {
     "single rows": (1, 4, 8, 512, 256),
     "few slots": (8, 2, 4, 512, 256),
-    "one chunk": (64, 2, 8, 512, 384),
-    "several chunks": (700, 2, 6, 512, 256),
+    "one launch to sort": (64, 2, 8, 512, 384),
+    "chunks to sort": (2100, 2, 6, 512, 256),
     "persistent": (1200, 2, 16, 2048, 256),
 }
 #: Options that go through all that a kernel can be asked for.

@@ -49,7 +49,7 @@ SHAPES = {
 PRODUCTS = "grouped_gemm", "grouped_gemv"
 
 
-def compile_layer(target: str, shape, dtype=torch.float16, monkeypatch=None, form=None, chosen="triton", **options):
+def compile_layer(target: str, shape, dtype=torch.float16, form=None, chosen="triton", **options):
     tokens, top_k, n_experts, hidden, intermediate = shape
     gated = not str(options.get("activation", "")).endswith("_no_mul")
     e = lambda *s: torch.empty(*s, dtype=dtype)  # noqa: E731
@@ -69,8 +69,8 @@ def compile_layer(target: str, shape, dtype=torch.float16, monkeypatch=None, for
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("target", TARGETS)
-def test_no_spills_within_shared_memory(target, shape, monkeypatch):
-    problem, plan, compiled = compile_layer(target, SHAPES[shape], monkeypatch=monkeypatch)
+def test_no_spills_within_shared_memory(target, shape):
+    problem, plan, compiled = compile_layer(target, SHAPES[shape])
     names = [kernel.name for kernel in compiled]
     route = [] if plan.few else ["route"] if problem.slots <= 4096 else ["count", "offsets", "scatter"]
     products = ["grouped_gemv", "grouped_gemv"] if plan.single else ["grouped_gemm", "grouped_gemm", "combine"]
@@ -86,13 +86,13 @@ def test_no_spills_within_shared_memory(target, shape, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("target", TARGETS)
-def test_other_types(target, dtype, monkeypatch):
+def test_other_types(target, dtype):
     for shape in ("single", "few", "64 rows", "tall"):
         if target == "sm_75" and dtype == torch.bfloat16:
             with pytest.raises(NotImplementedError, match="sm_75 has no bfloat16"):
-                compile_layer(target, SHAPES[shape], dtype, monkeypatch)
+                compile_layer(target, SHAPES[shape], dtype)
             continue
-        _, _, compiled = compile_layer(target, SHAPES[shape], dtype, monkeypatch)
+        _, _, compiled = compile_layer(target, SHAPES[shape], dtype)
         assert [k.name for k in compiled if k.stack_bytes] == []
 
 
@@ -104,16 +104,16 @@ def test_other_types(target, dtype, monkeypatch):
     {"activation": "relu2_no_mul"},
 ], ids=str)  # fmt: skip
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
-def test_layouts_and_activations(target, options, monkeypatch):
+def test_layouts_and_activations(target, options):
     for shape in ("single", "few", "tall"):
-        _, _, compiled = compile_layer(target, SHAPES[shape], torch.bfloat16, monkeypatch, **options)
+        _, _, compiled = compile_layer(target, SHAPES[shape], torch.bfloat16, **options)
         assert [k.name for k in compiled if k.stack_bytes] == []
 
 
 @pytest.mark.parametrize("shape", ["64 rows", "128 rows", "tall", "tall, ragged", "tall, gathered"])
-def test_hopper_multiplies_with_wgmma(shape, monkeypatch):
+def test_hopper_multiplies_with_wgmma(shape):
     """WGMMA in flight, one group per product and K step: serialised, ptxas would put a wait behind each."""
-    _, plan, compiled = compile_layer("sm_90", SHAPES[shape], torch.bfloat16, monkeypatch)
+    _, plan, compiled = compile_layer("sm_90", SHAPES[shape], torch.bfloat16)
     gate_up, down = (kernel for kernel in compiled if kernel.name == "grouped_gemm")
     for kernel, products, config in ((gate_up, 2, plan.gate_up), (down, 1, plan.down)):
         assert kernel.count(r"HGMMA[.\w]*") == products * config.block_k // 16
@@ -137,10 +137,10 @@ FORMATS = [
 
 @pytest.mark.parametrize("form", FORMATS, ids=str)
 @pytest.mark.parametrize("target", TARGETS)
-def test_schemes_compile_without_spills(target, form, monkeypatch):
+def test_schemes_compile_without_spills(target, form):
     dtype = torch.float16 if target == "sm_75" else torch.bfloat16
     for shape in ("single", "64 rows", "tall"):
-        problem, plan, compiled = compile_layer(target, SHAPES[shape], dtype, monkeypatch, form=form)
+        problem, plan, compiled = compile_layer(target, SHAPES[shape], dtype, form=form)
         gate_up, down = (kernel for kernel in compiled if kernel.name in PRODUCTS)
         assert [kernel for kernel in compiled if kernel.stack_bytes] == []
         assert gate_up.shared_bytes <= shared_bytes(plan.gate_up, problem.gate_up_gemm, TARGETS[target])
@@ -148,7 +148,7 @@ def test_schemes_compile_without_spills(target, form, monkeypatch):
 
 
 @pytest.mark.parametrize("form", FORMATS, ids=str)
-def test_hopper_multiplies_what_a_scheme_says(form, monkeypatch):
+def test_hopper_multiplies_what_a_scheme_says(form):
     """WGMMA of the codes' type whatever the number of tokens: mma.sync has no fp8 there, so few rows are swapped.
 
     But where programs are so few that each has half a tile of weights, less than WGMMA takes: there mma.sync
@@ -156,7 +156,7 @@ def test_hopper_multiplies_what_a_scheme_says(form, monkeypatch):
     """
     unswapped = 0
     for shape in ("few", "few, wide", "16 rows", "64 rows", "tall"):
-        _, plan, compiled = compile_layer("sm_90", SHAPES[shape], torch.bfloat16, monkeypatch, form=form)
+        _, plan, compiled = compile_layer("sm_90", SHAPES[shape], torch.bfloat16, form=form)
         kernels = [kernel for kernel in compiled if kernel.name == "grouped_gemm"]
         for kernel, multiply, tile in zip(kernels, plan.multiply, (plan.gate_up, plan.down), strict=True):
             warp_group = tile.swap or tile.block_m >= 64
@@ -190,7 +190,7 @@ DECODED = [
 
 
 @pytest.mark.parametrize("form", [*MULTIPLIED, *DECODED], ids=str)
-def test_specialised_kernels_of_hopper(form, monkeypatch):
+def test_specialised_kernels_of_hopper(form):
     """Warps with other registers, WGMMA of the right type, one group in flight for each sum, and nothing spilled."""
     some = (
         ("128 rows", {"gate_up_layout": "interleaved", "activation": "swigluoai"}),
@@ -198,9 +198,7 @@ def test_specialised_kernels_of_hopper(form, monkeypatch):
     )
     more = (("64 rows", {}), ("tall, gathered", {"dtype": torch.bfloat16}))
     for shape, options in some if form in DECODED[1:] else (*some, *more):
-        problem, plan, compiled = compile_layer(
-            "sm_90", SHAPES[shape], monkeypatch=monkeypatch, form=form, chosen="gluon_sm90", **options
-        )
+        problem, plan, compiled = compile_layer("sm_90", SHAPES[shape], form=form, chosen="gluon_sm90", **options)
         gate_up, down = (kernel for kernel in compiled if kernel.name == "grouped_gemm_sm90")
         for kernel, config, gemm in (
             (gate_up, plan.gate_up, problem.gate_up_gemm),
@@ -232,26 +230,24 @@ def test_complaints_of_the_assembler_are_heard():
 
 
 @pytest.mark.parametrize("form", [None, *FORMATS], ids=str)
-def test_explain_lists_what_is_launched(form, monkeypatch):
+def test_explain_lists_what_is_launched(form):
     for shape in ("single", "few", "64 rows", "tall"):
-        problem, how, compiled = compile_layer("sm_90", SHAPES[shape], torch.bfloat16, monkeypatch, form=form)
+        problem, how, compiled = compile_layer("sm_90", SHAPES[shape], torch.bfloat16, form=form)
         told = _launches(problem, Plan(backend="triton", triton=how))
         assert sorted(launch["kernel"].split(",")[0] for launch in told) == sorted(kernel.name for kernel in compiled)
 
 
 @pytest.mark.parametrize("form", MULTIPLIED, ids=str)
-def test_explain_lists_what_is_launched_on_hopper(form, monkeypatch):
-    problem, how, compiled = compile_layer(
-        "sm_90", SHAPES["tall, gathered"], torch.bfloat16, monkeypatch, form, "gluon_sm90"
-    )
+def test_explain_lists_what_is_launched_on_hopper(form):
+    problem, how, compiled = compile_layer("sm_90", SHAPES["tall, gathered"], torch.bfloat16, form, "gluon_sm90")
     told = _launches(problem, Plan(backend="gluon_sm90", triton=how))
     assert sorted(launch["kernel"].split(",")[0] for launch in told) == sorted(kernel.name for kernel in compiled)
 
 
 @pytest.mark.parametrize("scheme", ["fp8_block", "mxfp8", "nvfp4"])
-def test_ampere_decodes_fp8(scheme, monkeypatch):
+def test_ampere_decodes_fp8(scheme):
     """A device without the type decodes in the kernel; its compiler refuses even a load of it."""
-    _, plan, compiled = compile_layer("sm_80", SHAPES["few"], torch.bfloat16, monkeypatch, form=format_of(scheme))
+    _, plan, compiled = compile_layer("sm_80", SHAPES["few"], torch.bfloat16, form=format_of(scheme))
     assert plan.multiply[0] == ("float16" if scheme == "fp8_block" else "bfloat16")
     assert all(kernel.count(r"HMMA[.\w]*") > 0 for kernel in compiled if kernel.name == "grouped_gemm")
 
@@ -329,12 +325,10 @@ def test_a_workspace_for_more_tokens_serves_fewer_whichever_backend_is_chosen(fo
     format_of("mxfp4"), format_of("nvfp4"), format_of("int4_w4a16", group=32), format_of("int8_w8a16", group=-1),
 ], ids=str)  # fmt: skip
 @pytest.mark.parametrize("options", [{}, {"activation": "swigluoai", "gate_up_layout": "interleaved"}], ids=str)
-def test_decoded_weights_of_gpt_oss_do_not_spill(form, options, monkeypatch):
+def test_decoded_weights_of_gpt_oss_do_not_spill(form, options):
     """Gate and up in one product, and columns that fill no whole number of tiles, at many rows an expert."""
     biases = {"w13_bias": torch.empty(32, 5760), "w2_bias": torch.empty(32, 2880)}
-    _, plan, compiled = compile_layer(
-        "sm_90", (8192, 4, 32, 2880, 2880), torch.bfloat16, monkeypatch, form, **options, **biases
-    )
+    _, plan, compiled = compile_layer("sm_90", (8192, 4, 32, 2880, 2880), torch.bfloat16, form, **options, **biases)
     assert plan.gate_up.block_m == 128 and plan.gate_up.words
     assert [kernel.name for kernel in compiled if kernel.stack_bytes] == []
 
@@ -351,10 +345,10 @@ def test_decoded_weights_of_gpt_oss_do_not_spill(form, options, monkeypatch):
     ],
     ids=str,
 )
-def test_operands_are_copied_wide(target, form, intermediate, wide, monkeypatch):
+def test_operands_are_copied_wide(target, form, intermediate, wide):
     """Strides that 16 does not divide, such as 360 words of 8 codes, or elements, are multiples of 16 bytes too."""
     for tokens in (8, 128):
-        _, _, compiled = compile_layer(target, (tokens, 4, 32, 2880, intermediate), torch.bfloat16, monkeypatch, form)
+        _, _, compiled = compile_layer(target, (tokens, 4, 32, 2880, intermediate), torch.bfloat16, form)
         for kernel, least in zip((k for k in compiled if k.name == "grouped_gemm"), (16, wide), strict=True):
             copies = kernel.count(r"LDGSTS[.\w]*")
             assert copies > 0
@@ -364,13 +358,13 @@ def test_operands_are_copied_wide(target, form, intermediate, wide, monkeypatch)
             assert kernel.count(r"LDG\.E\.(U8|U16)[.\w]*") < 64  # of scales, biases and ids alone
 
 
-def test_tokens_do_not_make_variants(monkeypatch):
+def test_tokens_do_not_make_variants():
     """What changes from call to call is never specialised on: any T of a path runs the same variants, which have the
     same code before anything is optimised, attributes of their arguments included.
     """
     seen = {}
     for tokens in (129, 131, 144, 160, 255):
-        _, _, compiled = compile_layer("sm_90", (tokens, 8, 128, 256, 128), torch.bfloat16, monkeypatch)
+        _, _, compiled = compile_layer("sm_90", (tokens, 8, 128, 256, 128), torch.bfloat16)
         seen[tokens] = [kernel.asm["ttir"] for kernel in compiled]
     first = seen[129]
     assert all(math.prod(a == b for a, b in zip(first, s, strict=True)) for s in seen.values())
@@ -379,14 +373,14 @@ def test_tokens_do_not_make_variants(monkeypatch):
 @pytest.mark.parametrize(
     "form", [None, *(format_of(s) for s in ("fp8_block", "fp8_channel", "int8_w8a8", "int4_w4a16", "mxfp4"))], ids=str
 )
-def test_a_batch_invariant_layer_multiplies_alike_for_every_number_of_tokens(form, monkeypatch):
+def test_a_batch_invariant_layer_multiplies_alike_for_every_number_of_tokens(form):
     """One kind of product, of the same number of columns, in every tile; and none of the tiles it borrows spills."""
     kinds: set[tuple[frozenset[str], ...]] = set()
     chosen = "auto" if target_of(torch.device("cpu")).gluon else "triton"
     for tokens, intermediate in ((1, 768), (1, 256), (32, 768), (512, 768), (512, 384), (4096, 768), (32768, 768)):
         shape = (tokens, 8, 128, 2048, intermediate)
         problem, _, compiled = compile_layer(
-            "sm_90", shape, torch.bfloat16, monkeypatch, form=form, chosen=chosen, batch_invariant=True
+            "sm_90", shape, torch.bfloat16, form=form, chosen=chosen, batch_invariant=True
         )
         gemms = [kernel for kernel in compiled if kernel.name.startswith("grouped_gemm")]
         assert [kernel.name for kernel in compiled if kernel.stack_bytes] == []

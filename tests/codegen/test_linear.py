@@ -30,7 +30,7 @@ if settings().interpret:
         ("sm_90", "gluon_sm90", 4096),
     ],
 )
-def test_one_gemm_and_no_spills(target, chosen, tokens, scheme, monkeypatch):
+def test_one_gemm_and_no_spills(target, chosen, tokens, scheme):
     shape = (128, 1536, 2048)
     w = torch.empty(shape, dtype=torch.float16)
     if scheme is not None:

@@ -43,7 +43,7 @@ def empty_matrix(scheme, shape, parts=1):
     return ExpertMatrix(form, **tensors, parts=parts if form.block[0] > 1 else None)
 
 
-def compile_layer(target, shape, monkeypatch, scheme="none", rank=64, dtype=torch.bfloat16, **options):
+def compile_layer(target, shape, scheme="none", rank=64, dtype=torch.bfloat16, **options):
     tokens, top_k, n_experts, hidden, intermediate = shape
     parts = 2 if options.get("gate_up_layout") != "interleaved" else 1
     w13 = empty_matrix(scheme, (n_experts, 2 * intermediate, hidden), parts)
@@ -68,9 +68,9 @@ def gemms(compiled):
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("target", codegen.TARGETS)
-def test_no_spills_within_shared_memory(target, shape, monkeypatch):
+def test_no_spills_within_shared_memory(target, shape):
     dtype = torch.float16 if target == "sm_75" else torch.bfloat16
-    problem, plan, compiled = compile_layer(target, SHAPES[shape], monkeypatch, dtype=dtype)
+    problem, plan, compiled = compile_layer(target, SHAPES[shape], dtype=dtype)
     assert len(gemms(compiled)) == 4  # two that shrink
     assert [k.name for k in compiled].count("by_adapter") == plan.shrink.by_adapter
     for kernel in compiled:
@@ -82,31 +82,31 @@ def test_no_spills_within_shared_memory(target, shape, monkeypatch):
 
 
 @pytest.mark.parametrize("rank", [1, 16, 200])
-def test_ranks(rank, monkeypatch):
+def test_ranks(rank):
     for shape in ("single", "few", "tall"):
-        _, _, compiled = compile_layer("sm_90", SHAPES[shape], monkeypatch, rank=rank)
+        _, _, compiled = compile_layer("sm_90", SHAPES[shape], rank=rank)
         assert [k.name for k in compiled if k.stack_bytes > SPILLED] == []
 
 
 @pytest.mark.parametrize("scheme", ["fp8_block", "fp8_channel", "int8_w8a8", "int4_w4a16", "mxfp4"])
-def test_schemes(scheme, monkeypatch):
+def test_schemes(scheme):
     for shape in ("single", "64 rows", "tall"):
-        _, _, compiled = compile_layer("sm_90", SHAPES[shape], monkeypatch, scheme=scheme)
+        _, _, compiled = compile_layer("sm_90", SHAPES[shape], scheme=scheme)
         assert [(k.name, k.stack_bytes) for k in compiled if k.stack_bytes > SPILLED] == []
 
 
-def test_interleaved(monkeypatch):
+def test_interleaved():
     options = {"gate_up_layout": "interleaved", "activation": "swigluoai"}
     for shape in ("single", "few", "tall"):
-        _, _, compiled = compile_layer("sm_90", SHAPES[shape], monkeypatch, **options)
+        _, _, compiled = compile_layer("sm_90", SHAPES[shape], **options)
         assert [k.name for k in compiled if k.stack_bytes > SPILLED] == []
 
 
-def test_tokens_do_not_make_variants(monkeypatch):
+def test_tokens_do_not_make_variants():
     """Numbers of tokens with one plan are compiled once."""
     shape = SHAPES["tall"]
     hashes = set()
     for tokens in (8192, 8191, 8000):
-        _, _, compiled = compile_layer("sm_90", (tokens, *shape[1:]), monkeypatch)
+        _, _, compiled = compile_layer("sm_90", (tokens, *shape[1:]))
         hashes.add(tuple(k.asm["ttir"] for k in compiled))
     assert len(hashes) == 1

@@ -10,6 +10,7 @@ import torch
 
 import fusedmoe
 from fusedmoe import experts, reference
+from fusedmoe.backends import routes
 from fusedmoe.checks import check
 from fusedmoe.plan.planner import choose
 from fusedmoe.schemes import SCHEMES, format_of
@@ -87,8 +88,10 @@ def test_scale_of_all_rows_counts_adapted_ones():
         assert error < case.tolerance
 
 
-def test_many_tokens_are_sorted_by_adapter():
-    """Several chunks of tokens in the sort by adapter, and of slots in the sort by expert."""
+@pytest.mark.parametrize("at_once", [routes.ONE_LAUNCH, 256])
+def test_many_tokens_are_sorted_by_adapter(at_once, monkeypatch):
+    """Several chunks of tokens in the sort by adapter; the sort by expert in one launch, and in several chunks."""
+    monkeypatch.setattr(routes, "ONE_LAUNCH", at_once)
     case = Case.of((1100, 1, 2, 16, 16), ranks=(2, 0, 3), ids="invalid")
     arguments, options = case.draw()
     how = choose(check(*arguments, **options).problem, target_of(torch.device("cpu")), "triton").triton
