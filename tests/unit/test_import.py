@@ -32,3 +32,19 @@ def test_without_triton_the_layer_runs_on_the_torch_backend(python):
     )
     assert all(float(line) < 1e-5 for line in error.split()), error
     assert len(error.split()) == 3
+
+
+def test_without_triton_the_tuner_says_that_there_is_nothing_to_tune(python):
+    said = python(
+        "import sys\n"
+        "sys.modules['triton'] = None\n"
+        "import torch\n"
+        "from fusedmoe.bench import shape_of\n"
+        "from fusedmoe.errors import UnsupportedError\n"
+        "from fusedmoe.tune import tune\n"
+        "try:\n"
+        "    list(tune(shape_of('4,2,64,64'), dtype=torch.float32, device=torch.device('cpu')))\n"
+        "except UnsupportedError as error:\n"
+        "    print(error)\n"
+    )
+    assert "wanted a GPU with Triton" in said

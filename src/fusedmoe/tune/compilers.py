@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 import torch
 
 from fusedmoe import experts
-from fusedmoe.backends import elsewhere
 from fusedmoe.backends.launch import only_compiling
 from fusedmoe.bench import Shape, draw_layer
 from fusedmoe.call import Call
@@ -29,7 +28,7 @@ from fusedmoe.tune.space import Tiles
 
 _log = logging.getLogger("fusedmoe")
 
-#: Processes at most: each takes half a gigabyte and some seconds to start.
+#: Processes at most: each takes 0.4 GB, and a second or more to start.
 MOST = 16
 
 
@@ -84,6 +83,8 @@ def _call(tokens: int) -> Call:
 
 
 def _compile(tokens: int, tiles: Tiles) -> bool:
+    from fusedmoe.backends import elsewhere  # needs Triton, which a process that only asks what can be tuned does not
+
     target = _own["work"].target
     try:
         call = _call(tokens)
