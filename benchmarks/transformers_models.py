@@ -4,9 +4,10 @@
 
 Models have the sizes of Qwen3-30B-A3B and gpt-oss-20b and random weights, drawn on the device. Before anything is
 timed, the logits of each implementation are compared with those of eager. What is timed: prefill of prompts of 4096
-tokens, one and four of them; a decode step at batch 1, 8 and 64 with a static cache that holds 64 tokens, launched from
-Python and as a replayed CUDA graph; and in the latter also the experts of all layers alone. A figure is the median over
-as many runs as fit in the time of a point. "-": does not run (captured, or within the memory), or time was up.
+tokens, one and four of them; a decode step at batch 1, 8 and 64 with a static cache that holds 64 tokens, launched
+from Python and as a replayed CUDA graph; and in the latter also the experts of all layers alone. A figure is the
+median over as many runs as fit in the time of a point; the implementations take turns. "-": does not run (captured,
+or within the memory), or time was up.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import gc
 import inspect
+import itertools
 import json
 import math
 import statistics
@@ -105,19 +107,33 @@ class Clock:
         """That no time is left for another point, if none is."""
         return "the time of the whole run was up" if time.perf_counter() > self.end else ""
 
-    def median(self, call: Callable[[], object], *, warm: int = 1) -> float:
-        """Median seconds of a call, work on the device included."""
-        stop = time.perf_counter() + self.point
-        for _ in range(warm):
-            call()
-        self.synchronise()
-        seconds: list[float] = []
-        while len(seconds) < 2 or len(seconds) < 50 and time.perf_counter() < stop:
-            start = time.perf_counter()
-            call()
-            self.synchronise()
-            seconds.append(time.perf_counter() - start)
-        return statistics.median(seconds)
+    def medians(
+        self, calls: dict[str, Callable[[], object]], before: Callable[[str], object] = lambda name: None
+    ) -> dict[str, float]:
+        """Median seconds of each call, work on the device included.
+
+        They take turns, for a host is not as fast in one second as in the next; each until its own time is over.
+
+        Args:
+            calls: by name.
+            before: called with the name before each call, outside of its time.
+        """
+        seconds: dict[str, list[float]] = {name: [] for name in calls}
+        left = list(calls)
+        for number in itertools.count():
+            for name in list(left):
+                before(name)
+                self.synchronise()
+                start = time.perf_counter()
+                calls[name]()
+                self.synchronise()
+                if number:  # the first one warms up
+                    seconds[name].append(time.perf_counter() - start)
+                if len(seconds[name]) >= 50 or len(seconds[name]) >= 2 and sum(seconds[name]) > self.point:
+                    left.remove(name)
+            if not left:
+                return {name: statistics.median(found) for name, found in seconds.items()}
+        raise AssertionError("counts without end")
 
 
 def captured(call: Callable[[], object]) -> Callable[[], object]:
@@ -253,15 +269,21 @@ def points(model: Any, arguments: argparse.Namespace) -> Iterator[tuple[str, str
 def measure(name: str, model: Any, arguments: argparse.Namespace, clock: Clock) -> Iterator[Row]:
     """Every point of a model; what matters most first, for the time may run out."""
     for what, mode, tokens, make in points(model, arguments):
+        calls: dict[str, Callable[[], object]] = {}
+        reasons: dict[str, str] = {}
         for implementation in arguments.implementation:
             model.set_experts_implementation(implementation)
-            seconds, why = None, refused(model, implementation, mode, tokens) or clock.up()
+            reasons[implementation] = refused(model, implementation, mode, tokens) or clock.up()
             try:
-                if not why:
+                if not reasons[implementation]:
                     call = make()
-                    seconds = clock.median(captured(call) if mode == "graph" else call)
+                    call()
+                    calls[implementation] = captured(call) if mode == "graph" else call
             except RuntimeError as error:
-                why = str(error).partition("\n")[0]
+                reasons[implementation] = str(error).partition("\n")[0]
+        medians = clock.medians(calls, model.set_experts_implementation) if calls else {}
+        for implementation, why in reasons.items():
+            seconds = medians.get(implementation)
             yield Row(
                 model=name,
                 what=what,

@@ -38,12 +38,12 @@ def again(arguments: tuple[object, ...], options: tuple[object, ...]) -> tuple[o
         if arguments[0].device.type == "cpu" or not launching():  # type: ignore[attr-defined]
             return None, None
         for value in arguments:
-            if isinstance(value, ExpertMatrix):
+            if value is None:
+                facts.append(None)
+            elif isinstance(value, ExpertMatrix):
                 parts = value.tensors()
                 facts += value.format, value.parts, *parts
                 tensors += parts.values()
-            elif value is None:
-                facts.append(None)
             else:
                 facts.append(True)
                 tensors.append(value)  # type: ignore[arg-type]
@@ -55,7 +55,7 @@ def again(arguments: tuple[object, ...], options: tuple[object, ...]) -> tuple[o
         return key, None
     tape, dtype = found
     x = tensors[0]
-    out = torch.empty(x.shape, dtype=dtype, device=x.device)
+    out = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
     tape.replay((*tensors, out, torch.empty(tape.n_bytes, dtype=torch.uint8, device=x.device)))
     return key, out
 

@@ -38,6 +38,14 @@ class Kernel:
 
         return run
 
+    function, packed_metadata = 77, (4, 1)
+
+    def run(self, *launch: Any) -> None:
+        """As Triton's launcher."""
+        *grid, stream, function, packed, told, enter, leave = launch[:9]
+        assert (stream, function, packed, told, enter, leave) == (0, 77, (4, 1), None, None, None)
+        self[tuple(grid)](*launch[9:])
+
 
 def record(tape: Tape, sources: list[torch.Tensor], *tensors: torch.Tensor, kernel: Kernel | None = None) -> Kernel:
     kernel = kernel or Kernel()
@@ -58,6 +66,27 @@ def test_a_replay_launches_the_same_on_other_addresses():
     assert kernel.launched.pop(0) == ((3, 1, 1), Pair(c.data_ptr() + 32, 5), d.data_ptr(), 11, 16)
     assert kernel.launched.pop(0) == ((3, 1, 1), Pair(c.data_ptr(), 5), d.data_ptr(), 11, 16)
     assert not kernel.launched
+
+
+@pytest.mark.parametrize("name", ["launch_enter_hook", "launch_exit_hook"])
+def test_launches_that_are_watched_go_the_way_that_tells_the_hooks(monkeypatch, name):
+    from triton import knobs
+
+    a, b = torch.zeros(64), torch.zeros(64)
+    tape = Tape()
+    kernel = record(tape, [a, b], a)
+    ways = []
+    monkeypatch.setattr(kernel, "run", lambda *launch: ways.append("bare"), raising=False)
+    tape._launches = [launch._replace(run=kernel.run) for launch in tape._launches]
+    tape.replay([a, b])
+    hook = getattr(knobs.runtime, name)
+    hook.add(len)
+    try:
+        tape.replay([a, b])
+    finally:
+        hook.remove(len)
+    tape.replay([a, b])
+    assert ways == ["bare", "bare"] and len(kernel.launched) == 2  # the record, and the one that was watched
 
 
 def test_a_tape_holds_no_tensor():

@@ -13,11 +13,13 @@ is no compiled kernel, as in the interpreter.
 from __future__ import annotations
 
 import copy
+import functools
+import importlib
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -61,6 +63,20 @@ class _UnknownError(Exception):
     """An argument that a tape cannot hold."""
 
 
+class _Launch(NamedTuple):
+    """A launch without its stream.
+
+    ``run`` is what Triton's own launches call: with the grid, the stream, the handle, the packed metadata, what hooks
+    are told, the two hooks, and the arguments.
+    """
+
+    kernel: Any
+    grid: tuple[int, int, int]
+    run: Callable[..., object]
+    rest: tuple[Any, ...]
+    arguments: tuple[Any, ...]
+
+
 class Tape:
     """The launches of a call.
 
@@ -73,7 +89,7 @@ class Tape:
         self.whole = False
         self.spoilt = False
         self.n_bytes = 0
-        self._launches: list[tuple[Any, tuple[Any, ...]]] = []
+        self._launches: list[_Launch] = []
         self._addresses: dict[tuple[int, int], _Address] = {}
         self._spans: list[tuple[int, int]] = []
 
@@ -82,9 +98,15 @@ class Tape:
         pointers = [source.data_ptr() for source in sources]
         for address in self._addresses.values():
             address.value = pointers[address.source] + address.offset
-        with device_guard(sources[0].device):
-            for run, arguments in self._launches:
-                run(*arguments)
+        device = sources[0].device
+        with device_guard(device):
+            if _is_watched():
+                for launch in self._launches:
+                    launch.kernel[launch.grid](*launch.arguments)
+                return
+            stream = _stream(device)  # once, where each launch of Triton's would ask
+            for _, grid, run, rest, _ in self._launches:
+                run(*grid, stream, *rest)
 
     @contextmanager
     def record(self, sources: Sequence[torch.Tensor], n_bytes: int) -> Iterator[None]:
@@ -117,7 +139,9 @@ class Tape:
         except _UnknownError:
             self.spoilt = True
             return
-        self._launches.append((compiled[(*grid, 1, 1)[:3]], arguments))
+        rest = (compiled.function, compiled.packed_metadata, None, None, None, *arguments)
+        x, y, z = (*grid, 1, 1)[:3]
+        self._launches.append(_Launch(compiled, (x, y, z), compiled.run, rest, arguments))
 
     def _without_tensors(self, value: Any) -> Any:
         if isinstance(value, torch.Tensor):
@@ -140,6 +164,24 @@ class Tape:
             raise _UnknownError
         key = holders[0], first - self._spans[holders[0]][0]
         return self._addresses.setdefault(key, _Address(*key))
+
+
+@functools.cache
+def _triton() -> tuple[Any, Any]:
+    """Triton's drivers, and its settings of launches. By name: who launches has it, and this module does without."""
+    return importlib.import_module("triton.runtime").driver, importlib.import_module("triton.knobs").runtime
+
+
+def _is_watched() -> bool:
+    """Whether somebody, such as Triton's profiler, has hooked itself into launches."""
+    runtime = _triton()[1]
+    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
+
+
+def _stream(device: torch.device) -> int:
+    """Handle of the current stream."""
+    return 0 if device.type == "cpu" else _triton()[0].active.get_current_stream(device.index)
 
 
 class _Watch(TorchDispatchMode):
@@ -216,7 +258,7 @@ def keep_call(key: object, tape: Tape, dtype: torch.dtype) -> None:
 
 def _kept(place: OrderedDict[Any, _T], key: object) -> _T | None:
     found = place.get(key)
-    if found is not None:
+    if found is not None and len(place) == KEPT:  # until one has to go, their order does not matter
         place.move_to_end(key)
     return found
 

@@ -41,6 +41,8 @@ _FUNCTIONS: dict[Any, str] = {
     nn.SiLU: "silu",
     functional.silu: "silu",
 }
+#: Made once, for a layer asks in each call.
+_PLAIN = {name: Gate(Activation(name)) for name in _NAMES.values()}
 
 
 def _name(function: object) -> str | None:
@@ -53,7 +55,7 @@ def _name(function: object) -> str | None:
 def plain_gate_of(function: object) -> Gate | None:
     """``function(gate) * up``, for an activation function that is known."""
     name = _name(function)
-    return None if name is None else Gate(Activation(name))
+    return None if name is None else _PLAIN[name]
 
 
 def _default(experts: Any) -> Gate | None:

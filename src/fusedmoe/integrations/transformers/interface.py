@@ -35,9 +35,9 @@ class _Weights(NamedTuple):
     layout: WeightLayout = "NK"
 
     @property
-    def dtypes(self) -> list[torch.dtype]:
-        """Types of the matrices that are not quantised."""
-        return [w.dtype for w in (self.w13, self.w2) if isinstance(w, Tensor)]
+    def dtype(self) -> torch.dtype | None:
+        """Type of a matrix that is not quantised, if there is one."""
+        return next((w.dtype for w in (self.w13, self.w2) if isinstance(w, Tensor)), None)
 
 
 def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -126,13 +126,13 @@ def _fp8_matrix(experts: Any, name: str) -> Tensor | ExpertMatrix:
 
 
 def _run(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, weights: _Weights) -> Tensor:
-    # Under autocast a norm may have made hidden states wider than the weights.
-    dtype = weights.dtypes[0] if weights.dtypes else hidden_states.dtype
-    x = hidden_states.to(dtype)
+    # Under autocast a norm may have made hidden states wider than the weights. A cast to the same type takes its time.
+    given, dtype = hidden_states.dtype, weights.dtype
+    x = hidden_states if dtype is None or dtype == given else hidden_states.to(dtype)
     norm = experts.post_expert_norm if getattr(experts, "has_post_expert_norm", False) else None
     gate = gate_of(experts)
     if gate is None or norm is not None:
-        return _between(experts, x, top_k_index, top_k_weights, weights, norm).to(hidden_states.dtype)
+        return _between(experts, x, top_k_index, top_k_weights, weights, norm).to(given)
     out = fused_experts(
         x,
         weights.w13,
@@ -145,7 +145,7 @@ def _run(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights
         w13_bias=weights.w13_bias,
         w2_bias=weights.w2_bias,
     )
-    return out.to(hidden_states.dtype)
+    return out if out.dtype == given else out.to(given)
 
 
 def _between(
