@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shlex
 from dataclasses import replace
 
 import pytest
@@ -54,6 +55,34 @@ def test_a_measurement_speaks_for_its_neighbours(folder):
         assert plan.backend == "triton" and f"measured for 512 slots: {path}" in plan.why
     for tokens in (31, 91, 128, 2000):
         assert choose(problem(tokens), H200) == untuned(problem(tokens), H200)
+
+
+OWN = sorted(tables.PACKAGE.glob("*.json"))
+
+
+@pytest.mark.parametrize("path", OWN, ids=lambda path: path.stem.replace(",", " "))
+def test_the_packages_own_files_are_found_for_their_layers(path, folder, monkeypatch, caplog):
+    monkeypatch.setattr(tables, "PACKAGE", path.parent)
+    found = json.loads(path.read_text())
+    _, _, shape, *words = shlex.split(found["command"])
+    scheme = words[1] if words[0] == "--scheme" else "none"
+    shape = SHAPES[shape]
+    call = problem_of(shape, 512, torch.bfloat16, form=format_for(scheme, shape))
+    assert name_of(call, H200) == path.name
+    for installed in (tuple(map(int, found["triton"].split("."))), (99, 0)):
+        monkeypatch.setattr(tables, "version_of", lambda name, installed=installed: installed)
+        read_files_again()
+        with caplog.at_level(logging.INFO, "fusedmoe"):
+            entry = lookup(call, H200)
+        assert not caplog.records  # of another Triton: nobody's business
+        assert (entry is not None) == (installed != (99, 0))
+        assert entry is None or entry == (next(e for e in tables.read(path, H200) if e.slots == call.slots), path)
+
+
+def test_there_are_files_of_the_popular_shapes():
+    shapes = {(shape.experts, shape.hidden, shape.intermediate) for shape in SHAPES.values()}
+    told = {tuple(int(part.partition("=")[2]) for part in path.name.split(",")[1:4]) for path in OWN}
+    assert shapes <= told
 
 
 def test_what_follows_from_tiles_is_not_in_the_file(folder):

@@ -128,7 +128,10 @@ def _entries(problem: Problem, target: Target) -> tuple[Sequence[Entry], Path] |
 
 @functools.lru_cache(maxsize=1024)
 def read(path: Path, target: Target) -> tuple[Entry, ...]:
-    """The entries of a file; none of one that is not there, and none, with a word in the log, of one that is no use."""
+    """The entries of a file; none of one that is not there, and none, with a word in the log, of one that is no use.
+
+    The package's own files are of one Triton, and whoever has another need not be warned of it.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -143,7 +146,9 @@ def read(path: Path, target: Target) -> tuple[Entry, ...]:
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as cause:
         why, entries = f"it is none of fusedmoe tune ({type(cause).__name__}: {cause})", ()
     if why:
-        _LOG.warning("tuned file %s is ignored: %s", path, why)
+        _LOG.log(
+            logging.DEBUG if path.parent == PACKAGE else logging.WARNING, "tuned file %s is ignored: %s", path, why
+        )
     return entries
 
 
