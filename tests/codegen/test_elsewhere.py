@@ -77,7 +77,7 @@ def test_processes_of_the_tuner(scheme, tmp_path, monkeypatch):
     target = known("sm_90")
     candidates = starts(problem_of(SHAPE, 300, torch.bfloat16, form=format_for(scheme, SHAPE)), target)
     broken = candidates[-1]._replace(gate_up=replace(candidates[-1].gate_up, block_k=17))
-    with closing(Compilers(Work(SHAPE, torch.bfloat16, scheme, target), 2)) as compilers:
+    with closing(Compilers(Work(SHAPE, torch.bfloat16, scheme, target, {}), 2)) as compilers:
         assert compilers.compile(300, [*candidates, broken]) == len(candidates)
         found = kernels(tmp_path)
         assert found and compilers.compile(300, candidates) == len(candidates)
@@ -85,7 +85,7 @@ def test_processes_of_the_tuner(scheme, tmp_path, monkeypatch):
 
 
 def test_processes_that_cannot_start_are_told_of(caplog):
-    work = Work(SHAPE, torch.bfloat16, "no such scheme", known("sm_90"))
+    work = Work(SHAPE, torch.bfloat16, "no such scheme", known("sm_90"), {})
     with closing(Compilers(work, 1)) as compilers, caplog.at_level(logging.WARNING, "fusedmoe"):
         assert compilers.compile(1, starts(problem_of(SHAPE, 1, torch.bfloat16, form=None), known("sm_90"))) == 0
     assert "this one compiles" in caplog.text

@@ -397,6 +397,14 @@ def test_tune(clocked, tmp_path):
     assert [row["slots"] for row in json.loads(path.read_text())["entries"]] == [4]
 
 
+def test_tune_a_layer_as_gpt_oss_has_it(clocked, tmp_path):
+    how = ("--interleaved", "--bias", "--activation", "swigluoai")
+    invoke("tune", "16,4,512,256", "--device", "cpu", "--write", tmp_path, "--tokens", "2", *how)
+    assert len(list(tmp_path.glob("*interleaved*.json"))) == 1
+    explained = data("explain", "--shape", "gpt-oss-120b", "--interleaved", "--arch", "sm_90", "--json")
+    assert explained["problem"]["gate_up"] == "interleaved"
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -148,6 +148,18 @@ def test_a_session_is_written_and_resumed(tmp_path):
     assert clocks == [1, 8, 64, 8] and [entry.slots for entry in tables.read(path, H200)] == [8, 64, 512]
 
 
+def test_rows_that_alternate_have_a_file_of_their_own(folder):
+    """As gpt-oss has them: found for calls with such a layout, whatever their biases, and for no others."""
+    (step,) = session(folder, [], tokens=(64,), gate_up_layout="interleaved", activation="swigluoai", bias=True)
+    assert ",interleaved" in step.path.name
+    theirs, other = (
+        problem_of(QWEN, 64, torch.bfloat16, gate_up_layout=layout, activation="swigluoai")
+        for layout in ("interleaved", "concatenated")
+    )
+    assert str(step.path) in choose(theirs, H200).why
+    assert choose(other, H200) == untuned(other, H200)
+
+
 def test_what_was_planned_before_is_planned_anew(folder):
     p = problem()
     before = choose(p, H200)

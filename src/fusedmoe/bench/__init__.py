@@ -13,6 +13,7 @@ from fusedmoe.bench.layer import Layer, Row, bench, describe, draw_layer
 from fusedmoe.bench.peers import PEERS, peers_of
 from fusedmoe.bench.routing import ROUTINGS, routing_of
 from fusedmoe.bench.shapes import (
+    ACTIVATION,
     DTYPES,
     SHAPES,
     TOKENS,
@@ -28,6 +29,7 @@ from fusedmoe.bench.shapes import (
 from fusedmoe.bench.timing import measure_ceilings, time_us
 
 __all__ = [
+    "ACTIVATION",
     "DTYPES",
     "PEERS",
     "ROUTINGS",

@@ -18,7 +18,7 @@ from fusedmoe.expert_matrix import ExpertMatrix
 from fusedmoe.schemes import SCHEMES, format_of, granularity_of
 from fusedmoe.spec.activation import TABLE, Activation
 from fusedmoe.spec.format import Format
-from fusedmoe.spec.layout import WeightLayout
+from fusedmoe.spec.layout import GateUpLayout, WeightLayout
 from fusedmoe.spec.problem import Problem
 from fusedmoe.testing.cases import storage_of
 
@@ -165,6 +165,7 @@ def problem_of(
     dtype: torch.dtype,
     *,
     activation: str = ACTIVATION,
+    gate_up_layout: GateUpLayout = "concatenated",
     weight_layout: WeightLayout = "NK",
     form: Format | None = None,
     batch_invariant: bool = False,
@@ -189,11 +190,12 @@ def problem_of(
 
     return check(
         tensor(tokens, h),
-        matrix(rows, h, parts=rows // i),
+        matrix(rows, h, parts=rows // i if gate_up_layout == "concatenated" else 1),
         matrix(h, i),
         tensor(tokens, shape.top_k, dtype=torch.float32),
         tensor(tokens, shape.top_k, dtype=torch.int32),
         activation=activation,
+        gate_up_layout=gate_up_layout,
         weight_layout=weight_layout,
         batch_invariant=batch_invariant or None,  # as the process is set
     ).problem

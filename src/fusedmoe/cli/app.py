@@ -11,7 +11,19 @@ import typer
 from typer.core import TyperGroup
 
 from fusedmoe.atomic import replacing
-from fusedmoe.cli.options import Backend, Device, DType, Json, Scheme, as_json, device_from, integers
+from fusedmoe.cli.options import (
+    Activation,
+    Backend,
+    Bias,
+    Device,
+    DType,
+    Interleaved,
+    Json,
+    Scheme,
+    as_json,
+    device_from,
+    integers,
+)
 from fusedmoe.cli.quantize import quantize
 from fusedmoe.cli.tuning import tune, warmup
 from fusedmoe.errors import FusedMoEError, OptionError, explain
@@ -111,7 +123,8 @@ def explain_command(
     intermediate: Annotated[int | None, typer.Option(min=1, help="I.")] = None,
     tokens: Annotated[int, typer.Option(min=1, help="T.")] = 128,
     dtype: DType = "bfloat16",
-    activation: Annotated[str, typer.Option(help="Name of the activation.")] = "silu",
+    activation: Activation = "silu",
+    interleaved: Interleaved = False,
     weight_layout: Annotated[str, typer.Option(help="Storage of the experts, NK or KN.")] = "NK",
     scheme: Scheme = "none",
     arch: Annotated[
@@ -141,6 +154,7 @@ def explain_command(
         tokens,
         dtype=dtype_of(dtype),
         activation=activation,
+        gate_up_layout="interleaved" if interleaved else "concatenated",
         weight_layout=weight_layout,
         scheme=scheme,
         arch=arch,
@@ -242,9 +256,9 @@ def bench(
     scheme: Annotated[
         list[str] | None, typer.Option(help="Quantisation scheme of the experts, or none; repeatable; none.")
     ] = None,
-    activation: Annotated[str, typer.Option(help="Activation of the layer.")] = "silu",
-    interleaved: Annotated[bool, typer.Option("--interleaved", help="Gate and up rows alternate.")] = False,
-    bias: Annotated[bool, typer.Option("--bias", help="Both matrices have biases.")] = False,
+    activation: Activation = "silu",
+    interleaved: Interleaved = False,
+    bias: Bias = False,
     device: Device = None,
     backend: Annotated[
         list[str] | None,

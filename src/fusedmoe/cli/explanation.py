@@ -14,7 +14,7 @@ from fusedmoe.errors import OptionError, explain
 from fusedmoe.plan.config import KernelConfig, Plan
 from fusedmoe.plan.floor import H200, Floor, floor_of, types_of
 from fusedmoe.plan.planner import choose, support
-from fusedmoe.spec.layout import WeightLayout
+from fusedmoe.spec.layout import GateUpLayout, WeightLayout
 from fusedmoe.spec.problem import Problem
 from fusedmoe.target import KNOWN, Target, target_of
 
@@ -40,6 +40,7 @@ def explain_call(
     *,
     dtype: torch.dtype,
     activation: str = "silu",
+    gate_up_layout: GateUpLayout = "concatenated",
     weight_layout: str = "NK",
     scheme: str = "none",
     arch: str | None = None,
@@ -66,6 +67,7 @@ def explain_call(
         tokens,
         dtype,
         activation=activation,
+        gate_up_layout=gate_up_layout,
         weight_layout=cast("WeightLayout", weight_layout),
         form=format_for(scheme, shape),
         batch_invariant=batch_invariant,

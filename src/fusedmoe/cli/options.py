@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 Device = Annotated[str | None, typer.Option(help="Where to run, as torch names it; the first GPU, else the CPU.")]
 Backend = Annotated[str | None, typer.Option(help="auto, gluon_sm90, triton or torch; FUSEDMOE_BACKEND when left out.")]
 Scheme = Annotated[str, typer.Option(help="Quantisation scheme of the experts; see README.md.")]
+Activation = Annotated[str, typer.Option(help="Name of the activation.")]
+Interleaved = Annotated[bool, typer.Option("--interleaved", help="Gate and up rows alternate.")]
+Bias = Annotated[bool, typer.Option("--bias", help="Both matrices have biases.")]
 DType = Annotated[str, typer.Option(help="bfloat16, float16 or float32.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")]
 

@@ -9,7 +9,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fusedmoe.cli.options import Backend, Device, DType, Json, Scheme, as_json, device_from, integers
+from fusedmoe.cli.options import (
+    Activation,
+    Backend,
+    Bias,
+    Device,
+    DType,
+    Interleaved,
+    Json,
+    Scheme,
+    as_json,
+    device_from,
+    integers,
+)
 from fusedmoe.errors import OptionError, explain
 
 if TYPE_CHECKING:
@@ -25,9 +37,9 @@ def warmup(
     scheme: Scheme = "none",
     tokens: Annotated[int, typer.Option(min=1, help="The largest T.")] = 8192,
     dtype: DType = "bfloat16",
-    activation: Annotated[str, typer.Option(help="Name of the activation.")] = "silu",
-    interleaved: Annotated[bool, typer.Option("--interleaved", help="Gate and up rows alternate.")] = False,
-    bias: Annotated[bool, typer.Option("--bias", help="Both matrices have biases.")] = False,
+    activation: Activation = "silu",
+    interleaved: Interleaved = False,
+    bias: Bias = False,
     device: Device = None,
     backend: Backend = None,
     target: Annotated[
@@ -75,6 +87,9 @@ def tune(
     ] = None,
     routing: Annotated[str, typer.Option(help="How experts are drawn: uniform or zipf.")] = "uniform",
     dtype: DType = "bfloat16",
+    activation: Activation = "silu",
+    interleaved: Interleaved = False,
+    bias: Bias = False,
     device: Device = None,
     write: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Folder of the file; the user's cache, which the planner reads.")
@@ -104,6 +119,7 @@ def tune(
 
     layer: dict[str, Any] = {
         "dtype": dtype_of(dtype), "device": device_from(device), "scheme": scheme, "folder": write,
+        "activation": activation, "gate_up_layout": "interleaved" if interleaved else "concatenated",
     }  # fmt: skip
     one = shape_of(shape)
     command = "fusedmoe tune " + " ".join(sys.argv[2:])
@@ -126,6 +142,7 @@ def tune(
             seconds=seconds or (None if exhaustive else SECONDS),
             jobs=jobs,
             again=again,
+            bias=bias,
             note=lambda step: bar.update(task, description=escape(_best(step))),
             **layer,
         ):

@@ -33,12 +33,17 @@ MOST = 16
 
 
 class Work(NamedTuple):
-    """What all candidates have in common."""
+    """What all candidates have in common.
+
+    Attributes:
+        options: those of :func:`fusedmoe.bench.draw_layer` that are not the layer's shape, type and scheme.
+    """
 
     shape: Shape
     dtype: torch.dtype
     scheme: str
     target: Target
+    options: dict[str, Any]
 
 
 class Compilers:
@@ -71,7 +76,8 @@ _own: dict[str, Any] = {}
 
 def _start(work: Work) -> None:
     torch.set_num_threads(1)
-    layer = draw_layer(work.shape, dtype=work.dtype, device=torch.device("cpu"), scheme=work.scheme, values=False)
+    like = {"dtype": work.dtype, "device": torch.device("cpu"), "scheme": work.scheme, **work.options}
+    layer = draw_layer(work.shape, **like, values=False)
     _own.update(work=work, layer=layer)
 
 

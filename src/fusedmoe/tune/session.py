@@ -8,12 +8,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from fusedmoe import experts
 from fusedmoe.atomic import replacing
-from fusedmoe.bench import ROUTINGS, Layer, Shape, draw_layer, format_for, problem_of, time_us
+from fusedmoe.bench import ACTIVATION, ROUTINGS, Layer, Shape, draw_layer, format_for, problem_of, time_us
 from fusedmoe.checks import check
 from fusedmoe.errors import OptionError, UnsupportedError, explain
 from fusedmoe.plan import tables, vllm_json
@@ -22,6 +23,7 @@ from fusedmoe.plan.heuristics import tiled_plan
 from fusedmoe.plan.planner import read_files_again, untuned
 from fusedmoe.plan.tables import Entry, contents, name_of
 from fusedmoe.settings import cache_folder
+from fusedmoe.spec.layout import GateUpLayout
 from fusedmoe.spec.problem import Problem
 from fusedmoe.target import Target, target_of, version_of
 from fusedmoe.testing.verify import Oracle
@@ -107,6 +109,9 @@ def tune(
     dtype: torch.dtype,
     device: torch.device,
     scheme: str = "none",
+    activation: str = ACTIVATION,
+    gate_up_layout: GateUpLayout = "concatenated",
+    bias: bool = False,
     routing: str = ROUTINGS[0],
     folder: Path | None = None,
     command: str = "",
@@ -122,6 +127,8 @@ def tune(
 
     Args:
         shape, tokens, dtype, scheme: the layer and its calls.
+        activation, gate_up_layout, bias: of the layer. A file speaks for every activation of as many arguments, with
+            biases and without.
         device: where.
         routing: by which law the tokens' experts are drawn, of :data:`fusedmoe.bench.ROUTINGS`.
         folder: of the file; None: :func:`fusedmoe.settings.cache_folder`.
@@ -139,11 +146,13 @@ def tune(
     """
     target = target or target_of(device)
     form = format_for(scheme, shape)
-    problems = [problem_of(shape, n, dtype, form=form) for n in sorted(set(tokens))]
+    like: dict[str, Any] = {"activation": activation, "gate_up_layout": gate_up_layout}
+    problems = [problem_of(shape, n, dtype, form=form, **like) for n in sorted(set(tokens))]
     path = _path(problems[0], target, folder)
     read_files_again()  # another process may have written it
     entries = {entry.slots: entry for entry in tables.read(path, target)}
-    here = nullcontext(measuring) if measuring else _on_device(shape, dtype, device, scheme, routing, target, jobs)
+    work = Work(shape, dtype, scheme, target, {**like, "bias": bias})
+    here = nullcontext(measuring) if measuring else _on_device(work, device, routing, jobs)
     end = None if seconds is None else time.monotonic() + seconds
     left = [problem for problem in problems if again or problem.slots not in entries]
     with here as measure:
@@ -174,12 +183,9 @@ def tune(
 
 
 @contextmanager
-def _on_device(
-    shape: Shape, dtype: torch.dtype, device: torch.device, scheme: str, routing: str, target: Target, jobs: int | None
-) -> Iterator[Callable[[int], Measure]]:
+def _on_device(work: Work, device: torch.device, routing: str, jobs: int | None) -> Iterator[Callable[[int], Measure]]:
     """What runs tiles of so many tokens, with processes that compile for it where there is something to compile."""
-    layer = draw_layer(shape, dtype=dtype, device=device, scheme=scheme)
-    work = Work(shape, dtype, scheme, target)
+    layer = draw_layer(work.shape, dtype=work.dtype, device=device, scheme=work.scheme, **work.options)
     with closing(Compilers(work, jobs)) if device.type == "cuda" else nullcontext() as compilers:
         yield lambda tokens: OnDevice(layer, tokens, routing, compilers)
 
@@ -191,6 +197,8 @@ def take_over(
     dtype: torch.dtype,
     device: torch.device,
     scheme: str = "none",
+    activation: str = ACTIVATION,
+    gate_up_layout: GateUpLayout = "concatenated",
     folder: Path | None = None,
     command: str = "",
     target: Target | None = None,
@@ -204,7 +212,8 @@ def take_over(
         OptionError, UnsupportedError: it is none, or as :func:`tune`.
     """
     target = target or target_of(device)
-    problem = problem_of(shape, 1, dtype, form=format_for(scheme, shape))
+    like: dict[str, Any] = {"activation": activation, "gate_up_layout": gate_up_layout}
+    problem = problem_of(shape, 1, dtype, form=format_for(scheme, shape), **like)
     path = _path(problem, target, folder)
     entries, refused = vllm_json.read(text, problem, target)
     _write(path, contents(entries, target, command))
@@ -217,6 +226,8 @@ def export(
     dtype: torch.dtype,
     device: torch.device,
     scheme: str = "none",
+    activation: str = ACTIVATION,
+    gate_up_layout: GateUpLayout = "concatenated",
     folder: Path | None = None,
     target: Target | None = None,
     device_name: str | None = None,
@@ -227,7 +238,8 @@ def export(
         OptionError: vLLM has no name for the scheme, or there is no file of ours.
     """
     target = target or target_of(device)
-    problem = problem_of(shape, 1, dtype, form=format_for(scheme, shape))
+    like: dict[str, Any] = {"activation": activation, "gate_up_layout": gate_up_layout}
+    problem = problem_of(shape, 1, dtype, form=format_for(scheme, shape), **like)
     path = _path(problem, target, folder)
     entries = tables.read(path, target)
     if not entries:
