@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fusedmoe import settings as reading
+from fusedmoe import experts, settings as reading
 from fusedmoe.bench import SHAPES, format_for, problem_of
 from fusedmoe.cli.explanation import explain_call
 from fusedmoe.plan import planner, tables
@@ -60,14 +60,18 @@ def test_a_measurement_speaks_for_its_neighbours(folder):
 OWN = sorted(tables.PACKAGE.glob("*.json"))
 
 
+def told(path, tokens):
+    """What a file of the package's says, and the call that its command is about."""
+    found = json.loads(path.read_text())
+    _, _, shape, *words = shlex.split(found["command"])
+    scheme, shape = words[1] if words[0] == "--scheme" else "none", SHAPES[shape]
+    return found, problem_of(shape, tokens, torch.bfloat16, form=format_for(scheme, shape))
+
+
 @pytest.mark.parametrize("path", OWN, ids=lambda path: path.stem.replace(",", " "))
 def test_the_packages_own_files_are_found_for_their_layers(path, folder, monkeypatch, caplog):
     monkeypatch.setattr(tables, "PACKAGE", path.parent)
-    found = json.loads(path.read_text())
-    _, _, shape, *words = shlex.split(found["command"])
-    scheme = words[1] if words[0] == "--scheme" else "none"
-    shape = SHAPES[shape]
-    call = problem_of(shape, 512, torch.bfloat16, form=format_for(scheme, shape))
+    found, call = told(path, 512)
     assert name_of(call, H200) == path.name
     for installed in (tuple(map(int, found["triton"].split("."))), (99, 0)):
         monkeypatch.setattr(tables, "version_of", lambda name, installed=installed: installed)
@@ -79,10 +83,30 @@ def test_the_packages_own_files_are_found_for_their_layers(path, folder, monkeyp
         assert entry is None or entry == (next(e for e in tables.read(path, H200) if e.slots == call.slots), path)
 
 
+@pytest.mark.parametrize("path", OWN, ids=lambda path: path.stem.replace(",", " "))
+def test_a_workspace_for_more_tokens_serves_fewer_with_the_packages_own_files(path, folder, monkeypatch):
+    monkeypatch.setattr(tables, "PACKAGE", path.parent)
+    found, one = told(path, 1)
+    monkeypatch.setattr(tables, "version_of", lambda name: tuple(map(int, found["triton"].split("."))))
+    read_files_again()
+
+    def need(tokens):
+        call = replace(one, tokens=tokens)
+        return experts.bytes_for(call, choose(call, H200))
+
+    largest, measured = 0, 0
+    for tokens in sorted({max(1, 2**n + more) for n in range(15) for more in (-1, 0, 1)} | set(range(1, 4000, 37))):
+        call = replace(one, tokens=tokens)
+        measured += "measured for" in choose(call, H200).why
+        largest = max(largest, need(tokens))
+        assert max(map(need, (tokens, *tokens_before_breaks(call, H200)))) >= largest
+    assert measured
+
+
 def test_there_are_files_of_the_popular_shapes():
     shapes = {(shape.experts, shape.hidden, shape.intermediate) for shape in SHAPES.values()}
-    told = {tuple(int(part.partition("=")[2]) for part in path.name.split(",")[1:4]) for path in OWN}
-    assert shapes <= told
+    theirs = {tuple(int(part.partition("=")[2]) for part in path.name.split(",")[1:4]) for path in OWN}
+    assert shapes <= theirs
 
 
 def test_what_follows_from_tiles_is_not_in_the_file(folder):
