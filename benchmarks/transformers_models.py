@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import gc
 import inspect
-import itertools
 import json
 import math
 import statistics
@@ -119,21 +118,27 @@ class Clock:
             before: called with the name before each call, outside of its time.
         """
         seconds: dict[str, list[float]] = {name: [] for name in calls}
+        for name, call in calls.items():  # warms up
+            before(name)
+            call()
         left = list(calls)
-        for number in itertools.count():
+        while left:
             for name in list(left):
                 before(name)
                 self.synchronise()
                 start = time.perf_counter()
                 calls[name]()
                 self.synchronise()
-                if number:  # the first one warms up
-                    seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(time.perf_counter() - start)
                 if len(seconds[name]) >= 50 or len(seconds[name]) >= 2 and sum(seconds[name]) > self.point:
                     left.remove(name)
-            if not left:
-                return {name: statistics.median(found) for name, found in seconds.items()}
-        raise AssertionError("counts without end")
+        return {name: statistics.median(found) for name, found in seconds.items()}
+
+
+def ran(call: Callable[[], object]) -> Callable[[], object]:
+    """The call, which can be run: it was."""
+    call()
+    return call
 
 
 def captured(call: Callable[[], object]) -> Callable[[], object]:
@@ -276,12 +281,10 @@ def measure(name: str, model: Any, arguments: argparse.Namespace, clock: Clock) 
             reasons[implementation] = refused(model, implementation, mode, tokens) or clock.up()
             try:
                 if not reasons[implementation]:
-                    call = make()
-                    call()
-                    calls[implementation] = captured(call) if mode == "graph" else call
+                    calls[implementation] = captured(make()) if mode == "graph" else ran(make())
             except RuntimeError as error:
                 reasons[implementation] = str(error).partition("\n")[0]
-        medians = clock.medians(calls, model.set_experts_implementation) if calls else {}
+        medians = clock.medians(calls, model.set_experts_implementation)
         for implementation, why in reasons.items():
             seconds = medians.get(implementation)
             yield Row(

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import shlex
-
+import own_tables
 import pytest
 import torch
 
 from fusedmoe import experts
-from fusedmoe.bench import draw_layer, shape_of
+from fusedmoe.bench import draw_layer
 from fusedmoe.checks import check
 from fusedmoe.plan.config import KernelConfig, Plan
-from fusedmoe.plan.tables import PACKAGE
 from fusedmoe.settings import settings
 from fusedmoe.target import KNOWN
 from fusedmoe.testing.codegen import compiling_for
@@ -22,19 +19,15 @@ if settings().interpret:
     pytest.skip("compiles, so TRITON_INTERPRET must not be set", allow_module_level=True)
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.glob("sm_90*.json")), ids=lambda path: path.stem.replace(",", " "))
+@pytest.mark.parametrize("path", own_tables.PATHS, ids=own_tables.name)
 def test_measured_tiles_compile_without_spills(path):
-    found = json.loads(path.read_text())
-    words = shlex.split(found["command"])
-    scheme = words[words.index("--scheme") + 1] if "--scheme" in words else "none"
-    layer = draw_layer(
-        shape_of(words[2]), dtype=torch.bfloat16, device=torch.device("cpu"), scheme=scheme, values=False
-    )
+    found, shape, scheme = own_tables.told(path)
+    layer = draw_layer(shape, dtype=torch.bfloat16, device=torch.device("cpu"), scheme=scheme, values=False)
     spilled, seen = [], set()
     for row in found["entries"]:
         if row["gate_up"] is None:
             continue
-        arguments = layer.call(row["slots"] // layer.shape.top_k)
+        arguments = layer.call(row["slots"] // shape.top_k)
         call = check(*arguments, out=torch.empty_like(arguments[0]), batch_invariant=False, **layer.options)
         tiles = Tiles(row["few"], KernelConfig(**row["gate_up"]), KernelConfig(**row["down"]))
         assert tiles.can_run(call.problem, KNOWN["sm_90"]) and tiles.backend == row["backend"]

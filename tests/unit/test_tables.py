@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
-import shlex
 from dataclasses import replace
 
+import own_tables
 import pytest
 import torch
 
@@ -57,18 +57,13 @@ def test_a_measurement_speaks_for_its_neighbours(folder):
         assert choose(problem(tokens), H200) == untuned(problem(tokens), H200)
 
 
-OWN = sorted(tables.PACKAGE.glob("*.json"))
-
-
 def told(path, tokens):
-    """What a file of the package's says, and the call that its command is about."""
-    found = json.loads(path.read_text())
-    _, _, shape, *words = shlex.split(found["command"])
-    scheme, shape = words[1] if words[0] == "--scheme" else "none", SHAPES[shape]
+    """What a file of the package's says, and a call that it is about."""
+    found, shape, scheme = own_tables.told(path)
     return found, problem_of(shape, tokens, torch.bfloat16, form=format_for(scheme, shape))
 
 
-@pytest.mark.parametrize("path", OWN, ids=lambda path: path.stem.replace(",", " "))
+@pytest.mark.parametrize("path", own_tables.PATHS, ids=own_tables.name)
 def test_the_packages_own_files_are_found_for_their_layers(path, folder, monkeypatch, caplog):
     monkeypatch.setattr(tables, "PACKAGE", path.parent)
     found, call = told(path, 512)
@@ -83,7 +78,7 @@ def test_the_packages_own_files_are_found_for_their_layers(path, folder, monkeyp
         assert entry is None or entry == (next(e for e in tables.read(path, H200) if e.slots == call.slots), path)
 
 
-@pytest.mark.parametrize("path", OWN, ids=lambda path: path.stem.replace(",", " "))
+@pytest.mark.parametrize("path", own_tables.PATHS, ids=own_tables.name)
 def test_a_workspace_for_more_tokens_serves_fewer_with_the_packages_own_files(path, folder, monkeypatch):
     monkeypatch.setattr(tables, "PACKAGE", path.parent)
     found, one = told(path, 1)
@@ -105,7 +100,7 @@ def test_a_workspace_for_more_tokens_serves_fewer_with_the_packages_own_files(pa
 
 def test_there_are_files_of_the_popular_shapes():
     shapes = {(shape.experts, shape.hidden, shape.intermediate) for shape in SHAPES.values()}
-    theirs = {tuple(int(part.partition("=")[2]) for part in path.name.split(",")[1:4]) for path in OWN}
+    theirs = {tuple(int(part.partition("=")[2]) for part in path.name.split(",")[1:4]) for path in own_tables.PATHS}
     assert shapes <= theirs
 
 

@@ -17,7 +17,7 @@ import functools
 import importlib
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple, TypeVar
 
@@ -64,16 +64,10 @@ class _UnknownError(Exception):
 
 
 class _Launch(NamedTuple):
-    """A launch without its stream.
+    """A launch without its stream."""
 
-    ``run`` is what Triton's own launches call: with the grid, the stream, the handle, the packed metadata, what hooks
-    are told, the two hooks, and the arguments.
-    """
-
-    kernel: Any
+    kernel: Any  # compiled
     grid: tuple[int, int, int]
-    run: Callable[..., object]
-    rest: tuple[Any, ...]
     arguments: tuple[Any, ...]
 
 
@@ -101,12 +95,13 @@ class Tape:
         device = sources[0].device
         with device_guard(device):
             if _is_watched():
-                for launch in self._launches:
-                    launch.kernel[launch.grid](*launch.arguments)
+                for kernel, grid, arguments in self._launches:
+                    kernel[grid](*arguments)
                 return
-            stream = _stream(device)  # once, where each launch of Triton's would ask
-            for _, grid, run, rest, _ in self._launches:
-                run(*grid, stream, *rest)
+            # As Triton's own launch, which asks for the stream each time, and makes metadata for hooks that are not.
+            stream = _stream(device)
+            for kernel, grid, arguments in self._launches:
+                kernel.run(*grid, stream, kernel.function, kernel.packed_metadata, None, None, None, *arguments)
 
     @contextmanager
     def record(self, sources: Sequence[torch.Tensor], n_bytes: int) -> Iterator[None]:
@@ -139,9 +134,8 @@ class Tape:
         except _UnknownError:
             self.spoilt = True
             return
-        rest = (compiled.function, compiled.packed_metadata, None, None, None, *arguments)
         x, y, z = (*grid, 1, 1)[:3]
-        self._launches.append(_Launch(compiled, (x, y, z), compiled.run, rest, arguments))
+        self._launches.append(_Launch(compiled, (x, y, z), arguments))
 
     def _without_tensors(self, value: Any) -> Any:
         if isinstance(value, torch.Tensor):

@@ -23,6 +23,7 @@ from fusedmoe.cli.options import (
     as_json,
     device_from,
     integers,
+    layout_of,
 )
 from fusedmoe.cli.quantize import quantize
 from fusedmoe.cli.tuning import tune, warmup
@@ -154,7 +155,7 @@ def explain_command(
         tokens,
         dtype=dtype_of(dtype),
         activation=activation,
-        gate_up_layout="interleaved" if interleaved else "concatenated",
+        gate_up_layout=layout_of(interleaved),
         weight_layout=weight_layout,
         scheme=scheme,
         arch=arch,
@@ -301,7 +302,7 @@ def bench(
     how: dict[str, Any] = {
         "dtype": kind,
         "activation": activation,
-        "gate_up_layout": "interleaved" if interleaved else "concatenated",
+        "gate_up_layout": layout_of(interleaved),
         "bias": bias,
         "device": where,
         "backends": backend or [None],

@@ -13,6 +13,8 @@ from fusedmoe.errors import OptionError, explain
 if TYPE_CHECKING:
     import torch
 
+    from fusedmoe.spec.layout import GateUpLayout
+
 Device = Annotated[str | None, typer.Option(help="Where to run, as torch names it; the first GPU, else the CPU.")]
 Backend = Annotated[str | None, typer.Option(help="auto, gluon_sm90, triton or torch; FUSEDMOE_BACKEND when left out.")]
 Scheme = Annotated[str, typer.Option(help="Quantisation scheme of the experts; see README.md.")]
@@ -29,6 +31,11 @@ def device_from(name: str | None) -> torch.device:
     from fusedmoe.target import device_of
 
     return default_device() if name is None else device_of(name, "--device")
+
+
+def layout_of(interleaved: bool) -> GateUpLayout:
+    """The layout of ``--interleaved``."""
+    return "interleaved" if interleaved else "concatenated"
 
 
 def integers(option: str, text: str) -> list[int]:

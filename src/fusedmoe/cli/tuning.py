@@ -21,6 +21,7 @@ from fusedmoe.cli.options import (
     as_json,
     device_from,
     integers,
+    layout_of,
 )
 from fusedmoe.errors import OptionError, explain
 
@@ -63,7 +64,7 @@ def warmup(
         device=device_from(device) if target is None else torch.device("cpu"),
         scheme=scheme,
         activation=activation,
-        gate_up_layout="interleaved" if interleaved else "concatenated",
+        gate_up_layout=layout_of(interleaved),
         bias=bias,
         values=False,
     )
@@ -119,7 +120,7 @@ def tune(
 
     layer: dict[str, Any] = {
         "dtype": dtype_of(dtype), "device": device_from(device), "scheme": scheme, "folder": write,
-        "activation": activation, "gate_up_layout": "interleaved" if interleaved else "concatenated",
+        "activation": activation, "gate_up_layout": layout_of(interleaved),
     }  # fmt: skip
     one = shape_of(shape)
     command = "fusedmoe tune " + " ".join(sys.argv[2:])

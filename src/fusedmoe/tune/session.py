@@ -212,8 +212,8 @@ def take_over(
         OptionError, UnsupportedError: it is none, or as :func:`tune`.
     """
     target = target or target_of(device)
-    like: dict[str, Any] = {"activation": activation, "gate_up_layout": gate_up_layout}
-    problem = problem_of(shape, 1, dtype, form=format_for(scheme, shape), **like)
+    form = format_for(scheme, shape)
+    problem = problem_of(shape, 1, dtype, form=form, activation=activation, gate_up_layout=gate_up_layout)
     path = _path(problem, target, folder)
     entries, refused = vllm_json.read(text, problem, target)
     _write(path, contents(entries, target, command))
@@ -238,8 +238,8 @@ def export(
         OptionError: vLLM has no name for the scheme, or there is no file of ours.
     """
     target = target or target_of(device)
-    like: dict[str, Any] = {"activation": activation, "gate_up_layout": gate_up_layout}
-    problem = problem_of(shape, 1, dtype, form=format_for(scheme, shape), **like)
+    form = format_for(scheme, shape)
+    problem = problem_of(shape, 1, dtype, form=form, activation=activation, gate_up_layout=gate_up_layout)
     path = _path(problem, target, folder)
     entries = tables.read(path, target)
     if not entries:
