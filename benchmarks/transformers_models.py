@@ -34,6 +34,7 @@ import fusedmoe.integrations.transformers
 IMPLEMENTATIONS = ("fusedmoe", "grouped_mm", "batched_mm", "eager")
 PROMPT = 4096
 CONTEXT = 64
+MOST = 100  # runs of a point
 ROOM = 128  # of the cache; gpt-oss' sliding window, beyond which its cache is rolled
 
 MODELS: dict[str, Callable[[], Any]] = {
@@ -111,7 +112,8 @@ class Clock:
     ) -> dict[str, float]:
         """Median seconds of each call, work on the device included.
 
-        They take turns, for a host is not as fast in one second as in the next; each until its own time is over.
+        They take turns, another first in each, for a host is not as fast in one second as in the next; each until its
+        own time is over. Python collects its garbage before, not within.
 
         Args:
             calls: by name.
@@ -122,6 +124,8 @@ class Clock:
             before(name)
             call()
         left = list(calls)
+        gc.collect()
+        gc.disable()
         while left:
             for name in list(left):
                 before(name)
@@ -130,8 +134,10 @@ class Clock:
                 calls[name]()
                 self.synchronise()
                 seconds[name].append(time.perf_counter() - start)
-                if len(seconds[name]) >= 50 or len(seconds[name]) >= 2 and sum(seconds[name]) > self.point:
+                if len(seconds[name]) >= MOST or len(seconds[name]) >= 2 and sum(seconds[name]) > self.point:
                     left.remove(name)
+            left = left[1:] + left[:1]
+        gc.enable()
         return {name: statistics.median(found) for name, found in seconds.items()}
 
 
@@ -261,7 +267,7 @@ def refused(model: Any, name: str, mode: str, tokens: int) -> str:
 
 def points(model: Any, arguments: argparse.Namespace) -> Iterator[tuple[str, str, int, Callable[[], Any]]]:
     """What is timed: (what, mode, tokens, a function that makes the call)."""
-    modes = ("python", "graph") if model.device.type == "cuda" else ("python",)
+    modes = [mode for mode in ("python", "graph") if mode == "python" or model.device.type == "cuda"]
     length = 32 if arguments.tiny else PROMPT
     for batch in arguments.batch:
         for mode in modes:
@@ -274,6 +280,8 @@ def points(model: Any, arguments: argparse.Namespace) -> Iterator[tuple[str, str
 def measure(name: str, model: Any, arguments: argparse.Namespace, clock: Clock) -> Iterator[Row]:
     """Every point of a model; what matters most first, for the time may run out."""
     for what, mode, tokens, make in points(model, arguments):
+        if mode not in (arguments.mode or (mode,)) or what not in (arguments.what or (what,)):
+            continue
         calls: dict[str, Callable[[], object]] = {}
         reasons: dict[str, str] = {}
         for implementation in arguments.implementation:
@@ -332,6 +340,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", action="append", choices=MODELS, help="repeatable; both when left out")
     parser.add_argument("--implementation", action="append", choices=IMPLEMENTATIONS, help="repeatable; all")
+    parser.add_argument("--mode", action="append", choices=("python", "graph"), help="repeatable; both")
+    parser.add_argument(
+        "--what", action="append", choices=("decode", "experts alone", "prefill"), help="repeatable; all"
+    )
     parser.add_argument("--layers", type=int, help="fewer layers")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 64], help="of decode")
     parser.add_argument("--point", type=float, default=0.7, help="seconds of a point")
