@@ -6,21 +6,34 @@ For 1, 4 and 16 adapters of rank 16 and 64, every token drawing one of them, and
 of a replayed graph, L2 emptied before each. Results are compared with the reference first, for up to 32 tokens. The
 last column is the bytes that have to be read over those of the layer without: the weights of each chosen expert, and A
 and B of each adapter with a token there. A layer that is at the limit of memory cannot have a smaller quotient.
+
+``--vllm`` times vLLM's own adapters beside them, those of 0.22.1: its Triton experts without and with the same
+adapters, as ``against_vllm.py`` has them, and their quotient. Results with adapters are compared with the reference
+where ours are. Not for quantised layers: there its experts ignore adapters, or multiply A with codes of quantised rows.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
+import importlib.metadata
 import json
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 
 import fusedmoe
-from fusedmoe.bench import Shape, default_device, draw_layer, format_for, problem_of, shape_of, time_us
+from fusedmoe.bench import Layer, Shape, default_device, draw_layer, format_for, problem_of, shape_of, time_us
 from fusedmoe.cli.environment import name_of
-from fusedmoe.testing.verify import verify
+from fusedmoe.testing.verify import Oracle
+
+#: Relative error that vLLM's result may have. More than ours: it rounds to the type of the layer before it adds an
+#: adapter, and after, for each expert of a token.
+VLLM_TOLERANCE = 2e-2
 
 
 def adapters(shape: Shape, count: int, rank: int, generator: torch.Generator) -> fusedmoe.LoRA:
@@ -32,7 +45,11 @@ def adapters(shape: Shape, count: int, rank: int, generator: torch.Generator) ->
 
     h, i = shape.hidden, shape.intermediate
     return fusedmoe.LoRA(
-        draw(rank, h, fan_in=h), draw(2 * i, rank, fan_in=rank), draw(rank, i, fan_in=i), draw(h, rank, fan_in=rank)
+        draw(rank, h, fan_in=h),
+        draw(2 * i, rank, fan_in=rank),
+        draw(rank, i, fan_in=i),
+        draw(h, rank, fan_in=rank),
+        finite=True,
     )
 
 
@@ -49,6 +66,93 @@ def more_bytes(lora: fusedmoe.LoRA, expert_bytes: float, ids: torch.Tensor, adap
     return 1 + pairs * each / (ids.unique().numel() * expert_bytes)
 
 
+def vllm_configuration(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """What vLLM's layers look up when they are made and called, and memory for their intermediate results."""
+    from vllm.config import DeviceConfig, VllmConfig, set_current_vllm_config
+    from vllm.v1.worker import workspace
+
+    if not workspace.is_workspace_manager_initialized():
+        workspace.init_workspace_manager(device)
+    return set_current_vllm_config(VllmConfig(device_config=DeviceConfig(device=device.type)))
+
+
+def vllm_context(lora: fusedmoe.LoRA, adapter_ids: torch.Tensor, top_k: int) -> Any:
+    """VLLM's form of the adapters and of the adapter of each token.
+
+    Its stacked tensors have the shapes of ours: one slice of w13, as it has them for adapters of fused parameters, and
+    a scaling, which it multiplies into B, of 1.
+    """
+    from vllm.lora.punica_wrapper.punica_gpu import PunicaWrapperGPU
+    from vllm.model_executor.layers.fused_moe.experts.lora_context import MoELoRAContext
+
+    (count, experts), tokens, device = lora.w13_a.shape[:2], adapter_ids.shape[0], adapter_ids.device
+    # All that it reads of the engine's configuration; the second is the engine's default.
+    config = SimpleNamespace(max_loras=count, specialize_active_lora=False)
+    wrapper = PunicaWrapperGPU(tokens, tokens, device, lora_config=config)
+    wrapper.token_mapping_meta.prepare_tensors(adapter_ids)  # waits for the device, so before a graph is captured
+    return MoELoRAContext(
+        w13_lora_a_stacked=(lora.w13_a,),
+        w13_lora_b_stacked=(lora.w13_b,),
+        w2_lora_a_stacked=(lora.w2_a,),
+        w2_lora_b_stacked=(lora.w2_b,),
+        adapter_enabled=torch.ones(count + 1, dtype=torch.int32, device=device),
+        max_loras=count,
+        top_k=top_k,
+        w13_num_slices=1,
+        fully_sharded=False,
+        tp_rank=0,
+        tp_size=1,
+        local_num_experts=experts,
+        punica_wrapper=wrapper,
+        use_tuned_config=False,  # no folder of tables for adapters: blocks follow from those of the layer
+    )
+
+
+def vllm_call(
+    layer: Layer,
+    inputs: tuple[torch.Tensor, ...],
+    lora: fusedmoe.LoRA | None = None,
+    adapter_ids: torch.Tensor | None = None,
+) -> Callable[[], torch.Tensor]:
+    """A call of vLLM's Triton experts with these rows, router weights and ids; its result lies in vLLM's workspace.
+
+    With adapters, pairs of token and expert are sorted once more, by adapter and expert, unless they are few, and a
+    kernel after each of the two products adds B (A x) to what that stored.
+    """
+    from against_vllm import configured, kernel
+    from vllm.model_executor.layers.fused_moe.experts.triton_moe import TritonExperts
+
+    x, weights, ids = inputs
+    moe, quant = configured(layer, x.shape[0])
+    experts = kernel(TritonExperts, moe, quant)
+    if lora is not None and adapter_ids is not None:
+        experts.fused_experts.set_lora_context(vllm_context(lora, adapter_ids, ids.shape[1]))
+    return functools.partial(
+        experts.apply,
+        hidden_states=x,
+        w1=layer.w13,
+        w2=layer.w2,
+        topk_weights=weights,
+        topk_ids=ids,
+        activation=moe.activation,
+        global_num_experts=layer.shape.experts,
+        expert_map=None,
+        apply_router_weight_on_input=False,
+    )
+
+
+def vllm_columns(
+    call: Callable[[], torch.Tensor], base_us: float, oracle: Oracle | None, device: torch.device
+) -> dict[str, float | None]:
+    """Times of vLLM without adapters and with, their quotient, and its error where there is a reference."""
+    error = None
+    if oracle is not None:
+        error = oracle.verdict(call()).error
+        assert error < VLLM_TOLERANCE, error
+    us = time_us(call, device)
+    return {"vllm_base_us": base_us, "vllm_us": us, "vllm_quotient": us / base_us, "vllm_error": error}
+
+
 @torch.no_grad()
 def main() -> None:
     """Print the table."""
@@ -58,12 +162,27 @@ def main() -> None:
     parser.add_argument("--tokens", default="1,8,32,512,2048,8192")
     parser.add_argument("--adapters", default="1,4,16")
     parser.add_argument("--rank", default="16,64")
+    parser.add_argument("--vllm", action="store_true", help="vLLM's own adapters too")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    if options.vllm and set(options.scheme or ()) - {"none"}:
+        parser.error(f"--vllm: got --scheme {' '.join(options.scheme)}; wanted none")
+    device = default_device()
+    with vllm_configuration(device) if options.vllm else contextlib.nullcontext():
+        rows = table(options, device)
+    if options.json:
+        facts = {"device": name_of(device), "torch": torch.__version__}
+        if options.vllm:
+            facts["vllm"] = importlib.metadata.version("vllm")
+        options.json.write_text(json.dumps({**facts, "rows": rows}, indent=1), encoding="utf-8")
+
+
+def table(options: argparse.Namespace, device: torch.device) -> list[dict[str, object]]:
+    """Measure and print each point."""
     tokens, counts, ranks = (
         [int(n) for n in text.split(",")] for text in (options.tokens, options.adapters, options.rank)
     )
-    device, rows = default_device(), []
+    rows: list[dict[str, object]] = []
     for shape in map(shape_of, options.shape or ("qwen3-30b-a3b", "mixtral-8x7b")):
         for scheme in options.scheme or ("none",):
             drawn = draw_layer(shape, dtype=torch.bfloat16, device=device, scheme=scheme)
@@ -76,9 +195,11 @@ def main() -> None:
                 return fusedmoe.fused_experts(x, w13, w2, weights, ids, **extra)  # type: ignore[arg-type]  # noqa: B023
 
             fusedmoe.warmup(lambda n: layer(n, {}), tokens, threads=16)
-            base = {}
+            base, vllm_base = {}, {}
             for n, (x, weights, ids) in inputs.items():
                 base[n] = time_us(functools.partial(fusedmoe.fused_experts, x, w13, w2, weights, ids), device)
+                if options.vllm:
+                    vllm_base[n] = time_us(vllm_call(drawn, inputs[n]), device)
             for rank in ranks:
                 for count in counts:
                     lora = adapters(shape, count, rank, generator)
@@ -91,8 +212,10 @@ def main() -> None:
                                 continue
                             extra = {"lora": lora, "adapter_ids": adapter_ids}
                             call = functools.partial(fusedmoe.fused_experts, x, w13, w2, weights, ids, **extra)
-                            if n <= 32:
-                                verdict = verify(call(), (x, w13, w2, weights, ids), extra)
+                            oracle = None
+                            if n <= 32 or n == 2048:
+                                oracle = Oracle((x, w13, w2, weights, ids), extra, x.dtype)
+                                verdict = oracle.verdict(call())
                                 assert verdict.ok, (shape, scheme, rank, count, n, verdict)
                             us = time_us(call, device)
                             least = 1.0 if name == "none" else more_bytes(lora, expert_bytes, ids, adapter_ids)
@@ -100,16 +223,24 @@ def main() -> None:
                                 "shape": shape.name, "scheme": scheme, "rank": rank, "adapters": count, "of": name,
                                 "tokens": n, "base_us": base[n], "us": us, "quotient": us / base[n], "bytes": least,
                             }  # fmt: skip
-                            rows.append(row)
-                            print(
+                            said = (
                                 f"{shape.name:14} {scheme:12} rank {rank:3} adapters {count:3} {name}  T = {n:5}  "
-                                f"{base[n]:8.1f} us  {us:8.1f} us  {us / base[n]:.2f}  bytes {least:.2f}",
-                                flush=True,
+                                f"{base[n]:8.1f} us  {us:8.1f} us  {us / base[n]:.2f}  bytes {least:.2f}"
                             )
+                            if options.vllm and name == "each":
+                                theirs = vllm_call(drawn, inputs[n], lora, adapter_ids)
+                                more = vllm_columns(theirs, vllm_base[n], oracle, device)
+                                row |= more
+                                said += (
+                                    f"  vLLM {more['vllm_base_us']:8.1f} us  {more['vllm_us']:8.1f} us  "
+                                    f"{more['vllm_quotient']:.2f}"
+                                )
+                                if more["vllm_error"] is not None:
+                                    said += f"  error {more['vllm_error']:.1e}"
+                            rows.append(row)
+                            print(said, flush=True)
                     del lora
-    if options.json:
-        facts = {"device": name_of(device), "torch": torch.__version__}
-        options.json.write_text(json.dumps({**facts, "rows": rows}, indent=1), encoding="utf-8")
+    return rows
 
 
 if __name__ == "__main__":

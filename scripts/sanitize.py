@@ -68,6 +68,8 @@ def cases() -> Iterator[tuple[str, str, Case]]:
                 yield f"{kind}, {scheme or 'unquantised'}, {backend}", backend, case
     for kind, shape in SHAPES.items():
         yield f"{kind}, adapters, triton", "triton", Case.of(shape, ranks=(4, 0, 9), ids="invalid")
+        for backend in ("triton", "gluon_sm90") if shape[0] >= 64 else ("triton",):
+            yield f"{kind}, finite adapters, {backend}", backend, Case.of(shape, ranks=(4, 0, 40, 16), finite=True)
 
 
 def layers(part: int, parts: int) -> int:

@@ -397,7 +397,18 @@ def _check_lora(
                 do="Leave quantising to the layer.",
             )
         )
-    return Adapters(slots=lora.slots, rank=lora.max_rank, parts=lora.parts)
+    return Adapters(slots=lora.slots, rank=lora.max_rank, parts=lora.parts, steps=lora.finite and _by_steps(lora))
+
+
+def _by_steps(lora: LoRA) -> bool:
+    """16 bytes of B at a time have one adapter and one expert, and start at multiples of 16 bytes."""
+    return lora.max_rank % 8 == 0 and all(
+        b.element_size() == 2
+        and b.stride(3) == 1
+        and not any(b.stride(i) % 8 for i in range(3) if b.shape[i] > 1)
+        and b.data_ptr() % 16 == 0
+        for b in (lora.w13_b, lora.w2_b)
+    )
 
 
 def _check_no_gradient(**tensors: Experts | None) -> None:

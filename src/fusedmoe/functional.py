@@ -135,6 +135,7 @@ def fused_experts(
             apply_router_weight_on_input,
             fp32_precision,
             [] if lora is None or adapter_ids is None else lora.tensors(),
+            lora is not None and lora.finite,
             adapter_ids,
             backend,
             workspace_limit,
@@ -151,7 +152,7 @@ def fused_experts(
         )  # fmt: skip
         options = (
             dtype, emulate, activation, gate_up_layout, weight_layout, apply_router_weight_on_input, global_num_experts,
-            fp32_precision, batch_invariant, backend, workspace_limit,
+            fp32_precision, batch_invariant, backend, workspace_limit, lora is not None and lora.finite,
         )  # fmt: skip
         key, done = experts.again(arguments, options)
         if done is not None:

@@ -100,6 +100,9 @@ class LoRA:
         rank: [slots] int32, the rank of the adapter in each slot; 0: none.
         adapter_enabled: [slots] uint8, 0: as if the slot were empty; or None. A tensor that was given is used where it
             lies, so that writing to it counts from the next call on.
+        finite: whether every number in A and B is finite, those that are not used too: then the kernels of Hopper run
+            with adapters (`gluon_sm90`, many tokens), in which an infinity or NaN in B would reach rows of other
+            adapters. :meth:`empty` and :meth:`of` make it so, and :meth:`add` keeps it so.
 
     >>> lora = LoRA.empty(4, num_experts=8, hidden_size=64, intermediate_size=96, max_rank=16)
     >>> one = Adapter(w13_a=torch.randn(8, 2 * 3, 64), w13_b=torch.randn(8, 192, 3),
@@ -109,7 +112,7 @@ class LoRA:
     [0, 0, 3, 0]
     """
 
-    __slots__ = ("adapter_enabled", "rank", "scaling", "w2_a", "w2_b", "w13_a", "w13_b")
+    __slots__ = ("adapter_enabled", "finite", "rank", "scaling", "w2_a", "w2_b", "w13_a", "w13_b")
 
     def __init__(
         self,
@@ -121,6 +124,7 @@ class LoRA:
         scaling: Tensor | None = None,
         rank: Tensor | None = None,
         adapter_enabled: Tensor | None = None,
+        finite: bool = False,
     ) -> None:
         """Put together stacked tensors; they are used where they lie.
 
@@ -129,6 +133,7 @@ class LoRA:
             scaling: [slots] float32; None: 1.
             rank: [slots] int32; None: R in every slot.
             adapter_enabled: [slots] bool, uint8 or int8; None: all.
+            finite: a promise, for what is written to these tensors later too; see the class.
 
         Raises:
             ShapeError, DTypeError, DeviceError: a tensor does not fit.
@@ -160,7 +165,7 @@ class LoRA:
                     )
                 )
         self.w13_a, self.w13_b, self.w2_a, self.w2_b = tensors
-        self.scaling, self.rank = scaling, rank
+        self.scaling, self.rank, self.finite = scaling, rank, bool(finite)
         self.adapter_enabled = None if adapter_enabled is None else adapter_enabled.view(torch.uint8)
 
     @classmethod
@@ -193,7 +198,7 @@ class LoRA:
         parts, rows = 2 if gated and apart else 1, intermediate_size * (2 if gated else 1)
 
         def new(*shape: int) -> Tensor:
-            return torch.empty(slots, num_experts, *shape, dtype=dtype, device=device)
+            return torch.zeros(slots, num_experts, *shape, dtype=dtype, device=device)
 
         return cls(
             new(parts * max_rank, hidden_size),
@@ -201,6 +206,7 @@ class LoRA:
             new(max_rank, intermediate_size),
             new(hidden_size, max_rank),
             rank=torch.zeros(slots, dtype=torch.int32, device=device),
+            finite=True,
         )
 
     @classmethod
@@ -229,8 +235,8 @@ class LoRA:
             experts = max(getattr(adapter, name).shape[0] for adapter in adapters)
             rows = {"w13_a": parts * rank, "w2_a": rank}.get(name, like.shape[1])
             columns = rank if name.endswith("_b") else like.shape[2]
-            tensors.append(like.new_empty(slots, experts, rows, columns))
-        lora = cls(*tensors, rank=torch.zeros(slots, dtype=torch.int32, device=first.w2_a.device))
+            tensors.append(like.new_zeros(slots, experts, rows, columns))
+        lora = cls(*tensors, rank=torch.zeros(slots, dtype=torch.int32, device=first.w2_a.device), finite=True)
         for slot, adapter in enumerate(adapters):
             lora.add(slot, adapter)
         return lora
@@ -261,6 +267,7 @@ class LoRA:
         Raises:
             OptionError: there is no such slot.
             ShapeError: the adapter does not fit the slots, or its rank is above R.
+            OptionError: it has numbers that are not finite, in the type of the slots, and the slots promise that.
         """
         self._check_slot(slot)
         rank = adapter.rank
@@ -290,8 +297,12 @@ class LoRA:
                         do="Adapters in slots must be of one layer.",
                     )
                 )
+        values: dict[str, Tensor] = {name: getattr(adapter, name).to(self.w13_a.dtype) for name in views}
+        if self.finite and not all(value.isfinite().all() for value in values.values()):
+            got, do = "an infinity or NaN", "Look at how it was trained, or make slots of a type with a larger range."
+            raise OptionError(explain(f"adapter in {self.w13_a.dtype}", got=got, wanted="finite numbers", do=do))
         for name, view in views.items():
-            value = getattr(adapter, name)
+            value = values[name]
             view.copy_(value.unflatten(1, (adapter.parts, rank)) if name == "w13_a" else value)
         self.scaling[slot] = adapter.scaling
         self.rank[slot] = rank

@@ -33,7 +33,7 @@ _LIBRARY.define(
     "Tensor? hidden_states_scale, ScalarType? dtype, bool emulate, "
     "str activation, float? alpha, float? beta, float? limit, float? linear_beta, "
     "str gate_up_layout, str weight_layout, bool apply_router_weight_on_input, "
-    "str fp32_precision, Tensor[] lora, Tensor? adapter_ids, str? backend, int? workspace_limit, "
+    "str fp32_precision, Tensor[] lora, bool finite, Tensor? adapter_ids, str? backend, int? workspace_limit, "
     "bool? batch_invariant) -> Tensor",
     tags=(torch.Tag.needs_fixed_stride_order,),
 )
@@ -53,9 +53,9 @@ def flatten(w: Tensor | ExpertMatrix) -> _Flat:
     return w.data, w.scale, w.zero, w.tensor_scale, w.input_scale, format_to_words(w.format), w.parts
 
 
-def _lora(tensors: list[Tensor]) -> LoRA | None:
+def _lora(tensors: list[Tensor], finite: bool) -> LoRA | None:
     names = ("scaling", "rank", "adapter_enabled")
-    return LoRA(*tensors[:4], **dict(zip(names, tensors[4:], strict=False))) if tensors else None
+    return LoRA(*tensors[:4], finite=finite, **dict(zip(names, tensors[4:], strict=False))) if tensors else None
 
 
 def format_to_words(form: Format) -> list[str]:
@@ -102,7 +102,7 @@ def _fused_experts(hidden_states: Tensor, *arguments: Any) -> Tensor:
     (
         topk_weights, topk_ids, w13_bias, w2_bias, expert_map, global_num_experts, hidden_states_scale, dtype, emulate,
         activation, alpha, beta, limit, linear_beta,
-        gate_up_layout, weight_layout, apply_router_weight_on_input, fp32_precision, lora, adapter_ids, backend,
+        gate_up_layout, weight_layout, apply_router_weight_on_input, fp32_precision, lora, finite, adapter_ids, backend,
         workspace_limit, batch_invariant,
     ) = arguments[14:]  # fmt: skip
     call = check(
@@ -123,7 +123,7 @@ def _fused_experts(hidden_states: Tensor, *arguments: Any) -> Tensor:
         expert_map=expert_map,
         global_num_experts=global_num_experts,
         fp32_precision=fp32_precision,
-        lora=_lora(lora),
+        lora=_lora(lora, finite),
         adapter_ids=adapter_ids,
         batch_invariant=batch_invariant,
     )

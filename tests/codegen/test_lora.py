@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
@@ -30,7 +32,7 @@ SHAPES = {
 
 
 #: ptxas stops at 128 or 168 registers, so that one more program fits, for this many bytes around a loop over adapters.
-SPILLED = 24
+SPILLED = 32
 
 
 def empty_matrix(scheme, shape, parts=1):
@@ -43,7 +45,7 @@ def empty_matrix(scheme, shape, parts=1):
     return ExpertMatrix(form, **tensors, parts=parts if form.block[0] > 1 else None)
 
 
-def compile_layer(target, shape, scheme="none", rank=64, dtype=torch.bfloat16, **options):
+def compile_layer(target, shape, scheme="none", rank=64, dtype=torch.bfloat16, chosen="triton", **options):
     tokens, top_k, n_experts, hidden, intermediate = shape
     parts = 2 if options.get("gate_up_layout") != "interleaved" else 1
     w13 = empty_matrix(scheme, (n_experts, 2 * intermediate, hidden), parts)
@@ -56,7 +58,7 @@ def compile_layer(target, shape, scheme="none", rank=64, dtype=torch.bfloat16, *
     x, ids = torch.empty(tokens, hidden, dtype=dtype), torch.zeros(tokens, top_k, dtype=torch.int64)
     adapters = {"lora": lora, "adapter_ids": torch.zeros(tokens, dtype=torch.int64)}
     call = check(x, w13, w2, torch.empty(tokens, top_k), ids, **adapters, **options)
-    plan = choose(call.problem, KNOWN[target], "triton")
+    plan = choose(call.problem, KNOWN[target], chosen)
     with compiling_for(target) as compiled:
         experts.run(call, plan)
     return call.problem, plan.triton, compiled
@@ -93,6 +95,28 @@ def test_schemes(scheme):
     for shape in ("single", "64 rows", "tall"):
         _, _, compiled = compile_layer("sm_90", SHAPES[shape], scheme=scheme)
         assert [(k.name, k.stack_bytes) for k in compiled if k.stack_bytes > SPILLED] == []
+
+
+@pytest.mark.skipif(not KNOWN["sm_90"].gluon, reason="needs Gluon as it is in Triton 3.6 and newer")
+@pytest.mark.parametrize("layout", ["concatenated", "interleaved"])
+@pytest.mark.parametrize("shape", [(8192, 8, 64, 2048, 768), (2100, 2, 8, 128, 4096)], ids=["gathered", "copied"])
+def test_steps_of_hopper(shape, layout):
+    """More steps of the same sum: one group of products, copied 16 bytes at a time, and each tile with its own."""
+    activation = "silu" if layout == "concatenated" else "swigluoai"
+    _, plan, compiled = compile_layer("sm_90", shape, chosen="gluon_sm90", gate_up_layout=layout, activation=activation)
+    kernels = [kernel for kernel in compiled if kernel.name == "grouped_gemm_sm90"]
+    for kernel, config in zip(kernels, (plan.gate_up, plan.down), strict=True):
+        consumers = 8 // config.warps
+        assert kernel.stack_bytes == 0, kernel
+        assert kernel.registers * 384 <= 65536
+        assert kernel.count(r"WARPGROUP\.ARRIVE") == consumers, "serialised products have one each"
+        assert kernel.count(r"HGMMA[.\w]*") > 0
+        widths = {copy.rpartition(".")[2] for copy in re.findall(r"LDGSTS[.][.\w]*", kernel.sass())}
+        assert widths == {"128"}
+        # Of the first tile, and in the loop over tiles: Triton 3.6 dropped what it took to be the same for all of them.
+        told = len(re.findall(r"%more\w* = tt\.load", kernel.asm["ttgir"]))
+        assert told == 2 * (2 + consumers)
+    assert [kernel.complaints() for kernel in kernels] == [[], []]
 
 
 def test_interleaved():

@@ -23,6 +23,7 @@ ADAPTERS = {
     "ranks": ((1,), (3, 0, 8), (16, 16, 5, 0), (64,), (200, 3)),
     "apart": (True, False),
     "shared": (False, True),
+    "finite": (True, False),
 }
 SHAPES = [(1, 4, 16, 256, 192), (9, 3, 8, 264, 136), (300, 4, 16, 256, 192), (2100, 2, 8, 128, 512)]
 GRID = pairwise({"shape": SHAPES, **OPTIONS, **ADAPTERS})
@@ -33,6 +34,60 @@ def test_option_grid(row):
     case = Case.of(**GRID[row])
     _, error = run_poisoned(case, "cuda", seed=row)
     assert error < TOLERANCE[case.dtype], case
+
+
+hopper = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
+)
+#: What the warp-specialised kernels take, who add adapters as steps of their sums.
+STEPS = pairwise(
+    {
+        "shape": [
+            (300, 8, 128, 256, 192),
+            (129, 2, 3, 96, 2880),
+            (513, 4, 16, 1040, 320),
+            (2048, 8, 64, 512, 768),
+            (5000, 2, 8, 512, 384),
+            (2100, 2, 8, 128, 4096),  # rows are copied into sorted order first
+            (1, 1, 1, 32, 16),
+        ],
+        **OPTIONS,
+        "dtype": ("float16", "bfloat16"),
+        "weight_layout": ("NK",),
+        "pad": (0, 8),
+        **ADAPTERS,
+        "ranks": ((1,), (3, 0, 8), (16, 16, 5, 0), (64,) * 3, (200, 3), tuple(range(1, 17)) * 2),
+        "finite": (True,),
+    },
+    seed=4,
+)
+
+
+@hopper
+@pytest.mark.parametrize("row", range(len(STEPS)))
+def test_option_grid_of_steps(row):
+    case = Case.of(**STEPS[row])
+    _, error = run_poisoned(case, "cuda", "gluon_sm90", seed=row)
+    assert error < TOLERANCE[case.dtype], case
+
+
+@hopper
+@pytest.mark.parametrize("ranks", [(5, 0, 16, 64), (16,) * 16], ids=len)
+@pytest.mark.parametrize("layout", ["concatenated", "interleaved"])
+def test_steps_leave_rows_without_an_adapter_their_bits(layout, ranks):
+    case = Case.of((3000, 4, 8, 256, 384), ranks=ranks, finite=True, gate_up_layout=layout, ids="any")
+    arguments, options = case.draw("cuda", seed=3)
+    out, base = (fused_on_hopper(arguments, given) for given in (options, bare(options)))
+    ids = options["adapter_ids"]
+    adapted = (ids >= 0) & (ids < len(ranks)) & (options["lora"].rank[ids.clamp(0, len(ranks) - 1)] > 0)
+    assert torch.equal(out[~adapted], base[~adapted])
+    assert not (out[adapted] == base[adapted]).all(1).any()
+    options["adapter_ids"] = torch.full_like(ids, -1)
+    assert torch.equal(fused_on_hopper(arguments, options), base)
+
+
+def fused_on_hopper(arguments, options):
+    return fusedmoe.fused_experts(*arguments, backend="gluon_sm90", **options)
 
 
 def bare(options):
@@ -55,10 +110,11 @@ def test_schemes_and_rows_without_an_adapter(scheme, tokens):
     assert not (out[adapted] == base[adapted]).all(1).any()
 
 
+@pytest.mark.parametrize("finite", [False, True])
 @pytest.mark.parametrize("tokens", [3, 64, 700])
-def test_a_graph_replays_with_what_the_slots_then_hold(tokens):
+def test_a_graph_replays_with_what_the_slots_then_hold(tokens, finite):
     """Other adapters, other tokens of theirs, slots filled and emptied: nothing is captured or compiled anew."""
-    case = Case.of((tokens, 4, 8, 256, 384), ranks=(16, 8))
+    case = Case.of((tokens, 4, 8, 256, 384), ranks=(16, 8), finite=finite)
     arguments, options = case.draw("cuda")
     lora, ids = options["lora"], options["adapter_ids"]
     out = torch.empty_like(arguments[0])
@@ -93,7 +149,8 @@ def test_a_second_call_with_other_adapters(tokens):
     assert verify(fusedmoe.fused_experts(*arguments, **options), arguments, options).ok
 
 
-def test_sixteen_adapters_of_a_known_size():
+@pytest.mark.parametrize("finite", [False, True])
+def test_sixteen_adapters_of_a_known_size(finite):
     g = torch.Generator("cuda").manual_seed(0)
     experts, hidden, intermediate, rank, slots, tokens = 32, 2048, 768, 64, 16, 2048
 
@@ -103,7 +160,7 @@ def test_sixteen_adapters_of_a_known_size():
     w13, w2 = draw(experts, 2 * intermediate, hidden), draw(experts, hidden, intermediate)
     lora = LoRA(
         draw(slots, experts, rank, hidden), draw(slots, experts, 2 * intermediate, rank),
-        draw(slots, experts, rank, intermediate), draw(slots, experts, hidden, rank),
+        draw(slots, experts, rank, intermediate), draw(slots, experts, hidden, rank), finite=finite,
     )  # fmt: skip
     x = torch.randn(tokens, hidden, dtype=torch.bfloat16, device="cuda", generator=g)
     topk = fusedmoe.softmax_topk(torch.randn(tokens, experts, device="cuda", generator=g), 8, renormalize=True)

@@ -30,10 +30,11 @@ ADAPTERS = {
     "ranks": ((1,), (3, 0, 8), (16, 16, 5, 0), (64,), (200, 3)),
     "apart": (True, False),
     "shared": (False, True),
+    "finite": (True, False),
 }
 #: Sizes as Case.of takes them: one token, few slots, more experts than slots, several tiles an expert.
 SHAPES = [(1, 2, 5, 33, 80), (9, 3, 4, 48, 33), (2, 3, 20, 32, 40), (70, 2, 2, 32, 24)]
-GRID = pairwise({"shape": SHAPES, **OPTIONS, **ADAPTERS})[:30]
+GRID = pairwise({"shape": SHAPES, **OPTIONS, **ADAPTERS})[:36]
 
 
 @pytest.mark.parametrize("row", range(len(GRID)))

@@ -351,7 +351,7 @@ def test_operator_is_well_formed(scheme):
     x, w13, w2, weights, ids = (quantised(scheme, **choices) if scheme else arguments()).values()
     args = (
         x, *flatten(w13), *flatten(w2), weights, ids, None, None, None, None, None, None, False,
-        "silu", None, None, None, None, "concatenated", "NK", False, "ieee", [], None, "auto", None, None,
+        "silu", None, None, None, None, "concatenated", "NK", False, "ieee", [], False, None, "auto", None, None,
     )  # fmt: skip
     torch.library.opcheck(torch.ops.fusedmoe.fused_experts.default, args)
 

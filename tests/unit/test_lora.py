@@ -145,6 +145,26 @@ def test_slots_are_filled_and_emptied_in_place():
     assert where == [t.data_ptr() for t in (lora.w13_a, lora.w13_b, lora.w2_a, lora.w2_b, lora.rank, lora.scaling)]
 
 
+def test_slots_that_are_finite_stay_so():
+    """What is not is refused before anything is written; so is what is not any more in the type of the slots."""
+    lora = LoRA.empty(2, num_experts=2, hidden_size=8, intermediate_size=8, max_rank=2, dtype=torch.float16)
+    assert lora.finite and all(t.isfinite().all() for t in lora.tensors())
+    sizes = {"w13_a": (2, 2, 8), "w13_b": (2, 16, 2), "w2_a": (2, 2, 8), "w2_b": (2, 8, 2)}
+    good = {name: torch.ones(size) for name, size in sizes.items()}
+    lora.add(0, Adapter(**good))
+    before = [tensor.clone() for tensor in lora.tensors()]
+    for name in sizes:
+        for value in (float("nan"), float("inf"), 1e30):
+            bad = {**good, name: good[name].clone()}
+            bad[name][1, 1, 1] = value
+            with pytest.raises(fusedmoe.OptionError, match="adapter in torch.float16: got an infinity or NaN"):
+                lora.add(0, Adapter(**bad))
+    assert all(map(torch.equal, before, lora.tensors()))
+    given = LoRA(*lora.tensors()[:4])
+    assert not given.finite
+    given.add(0, Adapter(**{**good, "w2_b": torch.full((2, 8, 2), float("nan"))}))
+
+
 def test_slots_of_several_adapters():
     adapters = [an_adapter(3), an_adapter(8, seed=1, parts=1)]
     lora = LoRA.of(adapters, slots=4)

@@ -11,14 +11,17 @@ import triton.language as tl
 
 from fusedmoe.backends.launch import device_guard, launch
 from fusedmoe.backends.product import PLAIN
+from fusedmoe.backends.routes import max_tiles
 from fusedmoe.backends.weights import TRITON_TYPES
 from fusedmoe.backends.workspace import Layout, Workspace
 from fusedmoe.call import Call
 from fusedmoe.kernels import decode, load, lora, scales, step
+from fusedmoe.kernels.gemv import grouped_gemv
 from fusedmoe.kernels.grouped_gemm import grouped_gemm
 from fusedmoe.kernels.operands import (
     AdaptedEpilogue,
     AdaptedIds,
+    AdaptedOutput,
     Epilogue,
     Ids,
     Output,
@@ -26,13 +29,18 @@ from fusedmoe.kernels.operands import (
     Rows,
     Schedule,
     Shrink,
+    Steps,
 )
 from fusedmoe.plan.config import FEW, TritonPlan
-from fusedmoe.plan.validity import expand_block
+from fusedmoe.plan.validity import expand_block, expand_stages
 from fusedmoe.spec.problem import Problem
 
 #: Tokens that one program sorts by adapter.
 CHUNK = 1024
+#: Tokens that it counts at a time.
+COUNTED = 4096
+#: Columns of a step of the specialised kernel, in 16 bits.
+STEP = 64
 
 
 def workspace_layout(problem: Problem, how: TritonPlan) -> Layout:
@@ -46,6 +54,9 @@ def workspace_layout(problem: Problem, how: TritonPlan) -> Layout:
         layout["unarranged"] = ((problem.slots, problem.intermediate), dtype)
     if not how.few:
         layout["order"] = ((problem.tokens,), torch.int32)
+        if problem.adapters.steps:
+            layout["found"] = ((problem.slots,), torch.int32)
+            layout["blocks"] = ((max_tiles(problem, 128), 2), torch.int32)
     return layout
 
 
@@ -79,6 +90,8 @@ def in_order(call: Call, how: TritonPlan, ids: Ids, work: Workspace, options: di
             **options,
             BUCKETS=triton.next_power_of_2(call.lora.slots + 1),
             CHUNK=CHUNK,
+            COUNTED=COUNTED,
+            num_warps=8,
         )
     return ids._replace(order=order)
 
@@ -90,11 +103,12 @@ def _chosen(call: Call) -> tuple[Any, ...]:
     return ids, ids.stride(0), held.slots, held.rank, held.adapter_enabled
 
 
-def _adapted(call: Call, ids: Ids, block: int = 0) -> AdaptedIds:
-    """Ids that tell adapters too."""
+def _adapted(call: Call, ids: Ids, columns: int = 0, block: int = 0, work: Workspace | None = None) -> AdaptedIds:
+    """Ids that tell adapters too, and with ``work`` what an expand by steps is told."""
     assert call.lora is not None, "a plan that shrinks has adapters"
-    e, r = tl.constexpr(call.problem.experts), tl.constexpr(call.lora.max_rank)
-    return AdaptedIds._make((*ids, *_chosen(call), e, r, tl.constexpr(block)))
+    constants = (call.problem.experts, call.lora.max_rank, columns, block, STEP if work else 0)
+    told = (work["found"], work["blocks"]) if work else (None, None)
+    return AdaptedIds._make((*ids, *_chosen(call), *map(tl.constexpr, constants), *told))
 
 
 def _strides(matrix: torch.Tensor) -> tuple[torch.Tensor, int, int, int, int]:
@@ -108,7 +122,7 @@ def shrink(
     how: TritonPlan,
     ids: Ids,
     schedule: Schedule | None,
-    max_tiles: int,
+    n_tiles: int,
     x: Rows,
     work: Workspace,
     options: dict[str, Any],
@@ -119,18 +133,58 @@ def shrink(
     assert how.shrink is not None and call.lora is not None, "a plan that shrinks has adapters"
     config, problem = how.shrink.gate_up if of_tokens else how.shrink.down, call.problem
     a = call.lora.w13_a if of_tokens else call.lora.w2_a
-    _, _, n, k = a.shape
-    w = Shrink(*_strides(a), tl.constexpr(problem.experts), call.lora.scaling)
+    _, _, columns, k = a.shape
+    each, n = tl.constexpr(columns), call.lora.slots * columns
+    held = call.lora
+    sizes = tl.constexpr(problem.experts), each, tl.constexpr(held.max_rank)
+    w = Shrink(*_strides(a), *sizes, held.scaling, held.rank, tl.constexpr(1))
     out = work["shrunk"]
+    plain = Output(out, out.stride(0), tl.constexpr(True))
+    specialised = (how.gate_up if of_tokens else how.down).specialised  # and adds by steps
+    adapted = _adapted(call, ids, columns, config.block_n, work if specialised else None)
     with device_guard(out.device):
+        if how.few:
+            launch(
+                grouped_gemv,
+                (problem.slots * math.ceil(columns / config.block_n),),
+                adapted,
+                x,
+                w,
+                plain,
+                w,
+                Parameters(None, None, None, None),
+                k,
+                **options,
+                **PLAIN,
+                MATRIX=lora.matrix_of,
+                START=lora.of_matrix,
+                TURNS=1,
+                J=1,
+                ELEMENT=None,
+                SHIFT=0.0,
+                PER_ITEM=1,
+                GROUP=0,
+                FINISH=scales.nothing,
+                EPILOGUE=lora.scale_one,
+                ACTIVATION=None,
+                GATE_UP=None,
+                N=columns,
+                K=k,
+                BLOCK_N=config.block_n,
+                BLOCK_K=config.block_k,
+                CHUNK=16 // a.element_size(),
+                num_warps=config.warps,
+                num_stages=1,
+            )
+            return
         launch(
             grouped_gemm,
-            (max_tiles * math.ceil(n / config.block_n), how.shrink.turns),
-            _adapted(call, ids, config.block_n),
+            (n_tiles, min(how.shrink.turns, math.ceil(n / config.block_n))),
+            adapted,
             schedule,
             x,
             w,
-            Output(out, out.stride(0), tl.constexpr(True)),
+            AdaptedOutput._make((*plain, tl.constexpr(problem.top_k), *_chosen(call), each)),
             w,
             Parameters(None, None, None, None),
             None,
@@ -138,8 +192,8 @@ def shrink(
             k,
             **options,
             **PLAIN,
-            SPAN=lora.few_span if how.few else lora.scheduled_span,
-            LOCATE=lora.few_locate if how.few else lora.scheduled_locate,
+            SPAN=lora.scheduled_span,
+            LOCATE=lora.scheduled_locate,
             LOAD_X=load.rows_by_pointer,
             LOAD_W=lora.load_a,
             LOAD_SCALES=scales.none,
@@ -148,6 +202,7 @@ def shrink(
             ELEMENT=None,
             FINISH=scales.nothing,
             EPILOGUE=lora.scale,
+            WRITE=lora.write_own,
             ACTIVATION=None,
             GATE_UP=None,
             N=n,
@@ -171,16 +226,34 @@ def shrink(
         )
 
 
+def steps(call: Call, work: Workspace, *, of_tokens: bool) -> Steps:
+    """B v as more steps of a sum."""
+    assert call.lora is not None, "a plan that shrinks has adapters"
+    b, columns = (call.lora.w13_b, call.lora.w13_a.shape[2]) if of_tokens else (call.lora.w2_b, call.lora.max_rank)
+    v, (b, stride_a, stride_e, stride_n, _) = work["shrunk"], _strides(b)
+    parts = _parts(call) if of_tokens else "one"
+    constants = map(tl.constexpr, (columns, call.lora.max_rank, parts))
+    told = work["found"], work["blocks"], call.lora.slots
+    return Steps(v, v.stride(0), *told, b, stride_a, stride_e, stride_n, *constants)
+
+
+def _parts(call: Call) -> str:
+    """Which rows of the B of gate and up belong to which A."""
+    assert call.lora is not None, "a plan that shrinks has adapters"
+    if call.lora.parts == 1:
+        return "one"
+    return "alternate" if call.problem.gate_up == "interleaved" else "halves"
+
+
 def expanded(call: Call, how: TritonPlan, e: Epilogue, work: Workspace, *, of_tokens: bool) -> tuple[Any, Any]:
     """What an epilogue reads to add B v, and the epilogue that does."""
     held, problem = call.lora, call.problem
     assert held is not None, "a plan that shrinks has adapters"
     b, v = held.w13_b if of_tokens else held.w2_b, work["shrunk"]
-    block = expand_block(how.gate_up, problem.gate_up_gemm) if of_tokens else expand_block(how.down, problem.down_gemm)
-    parts = "one"
-    if of_tokens and held.parts == 2:
-        parts = "alternate" if problem.gate_up == "interleaved" else "halves"
-    constants = (parts, held.max_rank, block, problem.fp32_precision)
+    config, gemm = (how.gate_up, problem.gate_up_gemm) if of_tokens else (how.down, problem.down_gemm)
+    parts = _parts(call) if of_tokens else "one"
+    how_many = expand_block(config, gemm), gemm.steps > 0, expand_stages(config, gemm)
+    constants = (parts, held.max_rank, *how_many, problem.fp32_precision)
     base = e._replace(top_k=tl.constexpr(problem.top_k))
     product = (v, v.stride(0), *_strides(b), problem.intermediate, *map(tl.constexpr, constants))
     adapted = AdaptedEpilogue._make((*base, *_chosen(call), *product))

@@ -10,8 +10,9 @@ import triton
 from fusedmoe.backends.launch import device_guard, launch
 from fusedmoe.backends.product import Product
 from fusedmoe.backends.weights import TRITON_TYPES, operand
-from fusedmoe.kernels.gemv import grouped_gemv
+from fusedmoe.kernels.gemv import grouped_gemv, of_expert
 from fusedmoe.kernels.operands import Ids
+from fusedmoe.kernels.tiles import local_expert
 from fusedmoe.plan.arithmetic import multiplies
 from fusedmoe.plan.validity import chunk
 from fusedmoe.target import Target
@@ -42,6 +43,8 @@ def multiply(product: Product, ids: Ids, groups: int, turns: int, options: dict[
             **options,
             **{name: product.stored[name] for name in ("STORE", "ARRANGE", "ENCODE", "LARGEST", "OUT_GROUP")},
             **{name: matrix.policies[name] for name in ("ELEMENT", "SHIFT", "PER_ITEM", "FINISH")},
+            MATRIX=local_expert,
+            START=of_expert,
             TURNS=turns,
             J=triton.next_power_of_2(turns),
             GROUP=0 if gemm.inputs is None else gemm.inputs.group,

@@ -9,7 +9,7 @@ import torch
 
 from fusedmoe.expert_matrix import ExpertMatrix
 from fusedmoe.kernels import arrange, store
-from fusedmoe.kernels.operands import Epilogue, Output, Parameters, Rows
+from fusedmoe.kernels.operands import Epilogue, Output, Parameters, Rows, Steps
 from fusedmoe.plan.config import KernelConfig
 from fusedmoe.spec.layout import GateUpLayout
 from fusedmoe.spec.problem import Gemm
@@ -40,6 +40,7 @@ class Product(NamedTuple):
     p: Parameters = Parameters(None, None, None, None)
     activation: Any = None
     gate_up: GateUpLayout | None = None
+    steps: Steps | None = None  # of adapters, where the kernel adds them so
 
     def programs(self, tiles: int, n_sm: int) -> int:
         """Size of the grid: one program per tile, or as many as a persistent kernel has."""

@@ -39,7 +39,8 @@ class Routed(NamedTuple):
     max_tiles: int
 
 
-def _max_tiles(problem: Problem, block_m: int) -> int:
+def max_tiles(problem: Problem, block_m: int) -> int:
+    """Tiles of so many rows that there can be."""
     # sum over experts of ceil(S_e / BLOCK_M) <= floor(S / BLOCK_M) + number of non-empty experts
     return problem.slots // block_m + min(problem.experts, problem.slots)
 
@@ -52,14 +53,14 @@ def _chunk(slots: int) -> int:
 def layout(problem: Problem) -> Layout:
     """Named scratch tensors of the schedule."""
     # Sized for the lowest tile and the smallest chunk, so that a workspace for more tokens serves fewer.
-    max_tiles = _max_tiles(problem, 16)
+    most_tiles = max_tiles(problem, 16)
     slots = problem.slots
     named: Layout = {
         "slot": ((slots,), torch.int32),
         "row": ((slots,), torch.int32),
         "offset": ((problem.experts + 1,), torch.int32),
-        "tile_expert": ((max_tiles,), torch.int32),
-        "tile_row": ((max_tiles,), torch.int32),
+        "tile_expert": ((most_tiles,), torch.int32),
+        "tile_row": ((most_tiles,), torch.int32),
         "n_tiles": ((1,), torch.int32),
     }
     if slots > ONE_LAUNCH:
@@ -94,12 +95,12 @@ def sort(
     """
     problem, ids = call.problem, ids_of(call)
     schedule = Schedule(*(work[name] for name in Schedule._fields))
-    max_tiles = _max_tiles(problem, block_m)
+    tiles = max_tiles(problem, block_m)
     n_experts = problem.experts
     e_pad = max(2, triton.next_power_of_2(n_experts))
     tiles_each = max(1, min(TILES, TABLE // e_pad))
     with device_guard(call.hidden_states.device):
-        writers = math.ceil(max_tiles / tiles_each)
+        writers = math.ceil(tiles / tiles_each)
         if problem.slots <= ONE_LAUNCH:
             sorters = math.ceil(problem.slots / OWN)
             launch(
@@ -154,4 +155,4 @@ def sort(
                 TILES=tiles_each,
                 BLOCK_M=block_m,
             )
-    return Routed(ids, schedule, max_tiles)
+    return Routed(ids, schedule, tiles)

@@ -158,8 +158,12 @@ def gate_up(call: Call, plan: Plan, schedule: Routed, work: Workspace) -> Rows:
     requantised = problem.down_gemm.inputs
     out, stored = _hidden(how, requantised, call, work)
     follows = epilogue.weigh_then_bias
+    steps = None
     if how.shrink is not None:
-        e, follows = adapters.expanded(call, how, e, work, of_tokens=True)
+        if how.gate_up.specialised:
+            steps = adapters.steps(call, work, of_tokens=True)
+        else:
+            e, follows = adapters.expanded(call, how, e, work, of_tokens=True)
         out = adapters.beside(how, out, work)
     if requantised is not None and requantised.mode == "tensor":
         with device_guard(call.hidden_states.device):
@@ -181,6 +185,7 @@ def gate_up(call: Call, plan: Plan, schedule: Routed, work: Workspace) -> Rows:
         ),
         activation=getattr(activations, p.name),
         gate_up=problem.gate_up if p.gated else None,
+        steps=steps,
     )
     _launch(call, product, options, schedule)
     if how.requantise != "kernel":
@@ -296,10 +301,14 @@ def down(call: Call, plan: Plan, schedule: Routed, hidden: Rows, work: Workspace
     if not problem.weight_on_input:
         e = _with_router_weight(e, call)
     follows = epilogue.bias_then_weigh
+    steps = None
     if how.shrink is not None:
         x = Rows(*flat(work[adapters.intermediate(how)]), None)
         adapters.shrink(call, how, schedule.ids, schedule.schedule, schedule.max_tiles, x, work, after, of_tokens=False)
-        e, follows = adapters.expanded(call, how, e, work, of_tokens=False)
+        if how.down.specialised:
+            steps = adapters.steps(call, work, of_tokens=False)
+        else:
+            e, follows = adapters.expanded(call, how, e, work, of_tokens=False)
     product = Product(
         problem.down_gemm,
         how.down,
@@ -310,6 +319,7 @@ def down(call: Call, plan: Plan, schedule: Routed, hidden: Rows, work: Workspace
         e,
         follows,
         PLAIN,
+        steps=steps,
     )
     _launch(call, product, after, schedule, turns=1 if problem.sparse else problem.top_k)
     return rows
@@ -430,6 +440,7 @@ def _launch_portable(call: Call, product: Product, options: dict[str, Any], sche
         LOAD_X=load_x,
         LOAD_W=load_w,
         EPILOGUE=product.epilogue,
+        WRITE=store.write,
         ACTIVATION=product.activation,
         GATE_UP=form,
         N=n,

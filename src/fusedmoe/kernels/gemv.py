@@ -22,7 +22,6 @@ import triton.language as tl
 from fusedmoe.kernels.epilogue import weight_of
 from fusedmoe.kernels.scales import of_chunks, of_whole_rows, row_of, rows_of_chunks, zeros_of_chunks
 from fusedmoe.kernels.store import keep, write
-from fusedmoe.kernels.tiles import local_expert
 
 
 @triton.jit
@@ -34,12 +33,12 @@ def _rows(x, row, live, k, K: tl.constexpr):
 
 @triton.jit
 def _weights(
-    w, expert, n, k0, inside, MASKED: tl.constexpr, RAGGED: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr,
-    PER_ITEM: tl.constexpr,
+    w, expert, n, k0, inside, START: tl.constexpr, MASKED: tl.constexpr, RAGGED: tl.constexpr, K: tl.constexpr,
+    BLOCK_K: tl.constexpr, PER_ITEM: tl.constexpr,
 ):  # fmt: skip
     """[J, BLOCK_N, BLOCK_K / PER_ITEM] of the rows n, and nothing where there is no expert."""
     k = k0 // PER_ITEM + tl.arange(0, BLOCK_K // PER_ITEM)
-    base = w.ptr + expert.to(tl.int64)[:, None, None] * w.stride_e * w.unit
+    base = w.ptr + START(w, expert)[:, None, None]
     base = base + n.to(tl.int64)[None, :, None] * w.stride_n * w.unit
     mask = (expert >= 0)[:, None, None]
     if MASKED:
@@ -49,6 +48,12 @@ def _weights(
     return tl.load(
         base + k.to(tl.int64)[None, None, :] * w.stride_k, mask=mask, other=0.0, eviction_policy="evict_first"
     )
+
+
+@triton.jit
+def of_expert(w, expert):
+    """START: where the matrix of an expert starts."""
+    return expert.to(tl.int64) * w.stride_e * w.unit
 
 
 @triton.jit
@@ -82,7 +87,8 @@ def _added(
 def grouped_gemv(
     ids, x, w, out, e, p,  # Ids, Rows, Weight, Output, Epilogue, Parameters
     k_end,  # K at run time, as grouped_gemm's
-    WAIT: tl.constexpr, RELEASE: tl.constexpr, TURNS: tl.constexpr, J: tl.constexpr,
+    WAIT: tl.constexpr, RELEASE: tl.constexpr, MATRIX: tl.constexpr, START: tl.constexpr,
+    TURNS: tl.constexpr, J: tl.constexpr,
     ELEMENT: tl.constexpr, SHIFT: tl.constexpr, PER_ITEM: tl.constexpr, GROUP: tl.constexpr,
     FINISH: tl.constexpr, EPILOGUE: tl.constexpr, ACTIVATION: tl.constexpr, GATE_UP: tl.constexpr,
     STORE: tl.constexpr, ARRANGE: tl.constexpr, ENCODE: tl.constexpr, LARGEST: tl.constexpr, OUT_GROUP: tl.constexpr,
@@ -105,10 +111,10 @@ def grouped_gemv(
     turn = tl.arange(0, J)
     slot = group * TURNS + turn
 
-    expert = local_expert(ids, slot, turn < TURNS)
-    b = _weights(w, expert, n, 0, inside, MASKED, RAGGED, K, BLOCK_K, PER_ITEM)
+    expert = MATRIX(ids, slot, turn < TURNS)
+    b = _weights(w, expert, n, 0, inside, START, MASKED, RAGGED, K, BLOCK_K, PER_ITEM)
     if GATE_UP is not None:
-        b_up = _weights(w, expert, up, 0, inside, MASKED, RAGGED, K, BLOCK_K, PER_ITEM)
+        b_up = _weights(w, expert, up, 0, inside, START, MASKED, RAGGED, K, BLOCK_K, PER_ITEM)
     WAIT()
     RELEASE()
     live, at = expert >= 0, tl.maximum(expert, 0)
@@ -128,9 +134,9 @@ def grouped_gemv(
         )  # fmt: skip
     if BLOCK_K < K:
         for k0 in tl.range(BLOCK_K, k_end, BLOCK_K, num_stages=1):
-            b = _weights(w, expert, n, k0, inside, MASKED, RAGGED, K, BLOCK_K, PER_ITEM)
+            b = _weights(w, expert, n, k0, inside, START, MASKED, RAGGED, K, BLOCK_K, PER_ITEM)
             if GATE_UP is not None:
-                b_up = _weights(w, expert, up, k0, inside, MASKED, RAGGED, K, BLOCK_K, PER_ITEM)
+                b_up = _weights(w, expert, up, k0, inside, START, MASKED, RAGGED, K, BLOCK_K, PER_ITEM)
             a = _rows(x, row, live, k0 + k, K)
             acc = _added(
                 acc, b, a, x, w, at, live, scale_row, n, n0, inside, k0, 0,

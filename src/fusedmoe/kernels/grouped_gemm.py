@@ -20,7 +20,7 @@ import triton.language as tl
 from fusedmoe.kernels.epilogue import weight_of
 from fusedmoe.kernels.load import in_pairs
 from fusedmoe.kernels.scales import of_rows, of_whole_rows, row_of
-from fusedmoe.kernels.store import keep, write
+from fusedmoe.kernels.store import keep
 
 
 @triton.jit
@@ -41,7 +41,7 @@ def grouped_gemm(
     LOAD_X: tl.constexpr, LOAD_W: tl.constexpr, LOAD_SCALES: tl.constexpr,
     STEP: tl.constexpr, DECODE: tl.constexpr, ELEMENT: tl.constexpr, FINISH: tl.constexpr,
     EPILOGUE: tl.constexpr, ACTIVATION: tl.constexpr, GATE_UP: tl.constexpr, STORE: tl.constexpr,
-    ARRANGE: tl.constexpr, ENCODE: tl.constexpr, LARGEST: tl.constexpr, OUT_GROUP: tl.constexpr,
+    ARRANGE: tl.constexpr, WRITE: tl.constexpr, ENCODE: tl.constexpr, LARGEST: tl.constexpr, OUT_GROUP: tl.constexpr,
     N: tl.constexpr, K: tl.constexpr,  # rows of w, inner size
     GROUP: tl.constexpr, STRIDE: tl.constexpr,  # steps stay within GROUP columns of K, which take STRIDE; or K and K
     MATH: tl.constexpr, ACCUMULATE: tl.constexpr, SHIFT: tl.constexpr, PER_ITEM: tl.constexpr, SWAP: tl.constexpr,
@@ -122,4 +122,4 @@ def grouped_gemm(
         column = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
         keep(result, out, dest, live, column, COLUMNS)
         value = STORE(result, out, dest, live, column, COLUMNS, BLOCK_M, BLOCK_N, ENCODE, LARGEST, OUT_GROUP)
-        write(ARRANGE(value), out, dest, live, column, COLUMNS)
+        WRITE(ARRANGE(value), out, dest, live, column, COLUMNS)

@@ -6,6 +6,9 @@ by tensor map, rows by tensor map where they lie sorted, else each from its own 
 The consumers are one group of 128 rows, or two of 64 that drift apart, so that one multiplies while the other
 applies scales or stores; a group without a live row only keeps pace.
 
+Adapters (``a``, Steps) are more steps of a tile: blocks of BLOCK_K columns of A x, of which a row has those of its own
+adapter and else zeros, times B. They are copied by cp.async, and the sum goes on.
+
 ``ready[stage]`` completes when a buffer is full, ``empty[stage]`` when every consumer is done with it. Both sides
 count stages alike over all tiles of the program, so that the ring never drains between two.
 
@@ -39,6 +42,8 @@ from fusedmoe.kernels.words import numbers, scale_of_words
 
 BLOCK_M = gl.constexpr(128)
 WIDE = gl.constexpr(256)
+#: Of a buffer of weights, as which adapters' B is copied: 64 rows each.
+PIECES = gl.constexpr(4)
 #: Names that Triton 3.9 gave to what 3.6 to 3.8 have.
 load_box = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 store_box = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
@@ -47,14 +52,29 @@ REINTERPRET_IS_PUBLIC = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reint
 
 
 @gluon.jit
-def _tile(i, n_tiles, schedule, N_BLOCKS: gl.constexpr, GROUP_M: gl.constexpr):
-    """Expert, first row, row behind the expert's last, column block. Past the last tile: of none, without a load."""
+def _tile(i, n_tiles, schedule, a, ADAPTED: gl.constexpr, N_BLOCKS: gl.constexpr, GROUP_M: gl.constexpr):
+    """Expert, first row, row behind the expert's last, column block, first step of adapters and number of these. Past
+    the last tile: of none, without a load.
+    """
     there = i < n_tiles * N_BLOCKS
     tile, block_n = scheduled_tile(i, n_tiles, N_BLOCKS, GROUP_M)
     expert = gl.load(schedule.tile_expert + tile, mask=there, other=0)
     row0 = gl.load(schedule.tile_row + tile, mask=there, other=0)
     end = gl.load(schedule.offset + expert + 1, mask=there, other=0)
-    return expert, row0, end, block_n
+    more0 = 0
+    more = 0
+    if ADAPTED:
+        more0 = gl.load(a.blocks + 2 * tile, mask=there, other=0)
+        more = gl.load(a.blocks + 2 * tile + 1, mask=there, other=0)
+    return expert, row0, end, block_n, more0, more
+
+
+@gluon.jit
+def _told(number):
+    """The same number, though the compiler cannot see it. Triton 3.6 takes a value that a loop carries for the same
+    in every turn when nothing but bounds of loops within depends on it.
+    """
+    return gl.inline_asm_elementwise("mov.u32 $0, $1;", "=r,r", [number], gl.int32, False, 1)
 
 
 @gluon.jit
@@ -124,10 +144,53 @@ def _copy(pointers, live, column, buffer, k, K: gl.constexpr, BLOCK_K: gl.conste
 
 
 @gluon.jit
+def _copy_shrunk(schedule, a, row0, end, c, own, buffer, LAYOUT: gl.constexpr):
+    """A x of 64 rows, in columns c, which belong to adapters ``own``."""
+    row, live, slot = _rows(row0, end, schedule, LAYOUT, BLOCK_M // 2)
+    found = gl.load(a.found + row, mask=live, other=-1)
+    start = gl.multiple_of(slot.to(gl.int64) * a.v_stride, [8])
+    load_rows(buffer, a.v + start[:, None] + (c % a.columns)[None, :], mask=found[:, None] == own[None, :])
+
+
+@gluon.jit
+def _copy_b(a, expert, n0, c, own, there, part, buffer, limit, LAYOUT: gl.constexpr):
+    """B of 64 rows of weights."""
+    n = n0 + gl.arange(0, BLOCK_M // 2, gl.SliceLayout(1, LAYOUT))
+    base = gl.multiple_of(own.to(gl.int64) * a.stride_a + expert.to(gl.int64) * a.stride_e, [8]) + c % a.max_rank
+    mask = there[None, :] & (n < limit)[:, None]
+    if a.parts == "halves":
+        mask = mask & (c // a.max_rank % 2 == part)[None, :]
+    elif a.parts == "alternate":
+        mask = mask & ((c // a.max_rank % 2)[None, :] == (n % 2)[:, None])
+    load_rows(buffer, a.ptr + base[None, :] + gl.multiple_of(n.to(gl.int64) * a.stride_n, [8])[:, None], mask=mask)
+
+
+@gluon.jit
+def _copy_step(
+    schedule, a, w, expert, row0, end, n0, j, rows, weights, stage,
+    PARTS: gl.constexpr, LIMIT: gl.constexpr, BLOCK_K: gl.constexpr, LAYOUT: gl.constexpr,
+):  # fmt: skip
+    """Both operands of step j of the adapters."""
+    # Told anew in each step, so that what follows from them takes no registers beyond it.
+    row0, expert, n0 = _told(row0), _told(expert), _told(n0)
+    c = j * BLOCK_K + gl.arange(0, BLOCK_K, gl.SliceLayout(0, LAYOUT))
+    own = c // a.columns  # 8 columns, 16 bytes, have one; what lies beyond its rank is finite, and A x is 0 there
+    there = own < a.slots
+    _copy_shrunk(schedule, a, row0, end, c, own, rows.index(stage * 2), LAYOUT)
+    _copy_shrunk(schedule, a, row0 + BLOCK_M // 2, end, c, own, rows.index(stage * 2 + 1), LAYOUT)
+    for piece in range(PIECES):  # no unrolled loop: its addresses would take the registers of the consumers
+        part = piece // (PIECES // PARTS)
+        first = part * w.up + n0 + piece % (PIECES // PARTS) * 64
+        _copy_b(
+            a, expert, first, c, own, there, part, weights.index(stage * PIECES + piece), part * w.up + LIMIT, LAYOUT
+        )
+
+
+@gluon.jit
 def _produce(
-    schedule, x, w, x_desc, w_desc, rows, weights, ready, empty, first, n_tiles, step, k_end,
-    PARTS: gl.constexpr, K: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
-    N_BLOCKS: gl.constexpr, GROUP_M: gl.constexpr,
+    schedule, x, w, a, x_desc, w_desc, rows, weights, pieces, ready, empty, first, n_tiles, step, k_end,
+    ADAPTED: gl.constexpr, PARTS: gl.constexpr, LIMIT: gl.constexpr, K: gl.constexpr, BLOCK_K: gl.constexpr,
+    STAGES: gl.constexpr, N_BLOCKS: gl.constexpr, GROUP_M: gl.constexpr,
 ):  # fmt: skip
     GATHER: gl.constexpr = x_desc is None
     BOX: gl.constexpr = WIDE // PARTS
@@ -138,14 +201,16 @@ def _produce(
     LAYOUT: gl.constexpr = _coalesced(BLOCK_K, X_BITS, gl.num_warps())
     stage = 0
     phase = 1
-    expert, row0, end, block_n = _tile(first, n_tiles, schedule, N_BLOCKS, GROUP_M)
+    expert, row0, end, block_n, more0, more = _tile(first, n_tiles, schedule, a, ADAPTED, N_BLOCKS, GROUP_M)
     if GATHER:
         column = gl.arange(0, BLOCK_K, gl.SliceLayout(0, LAYOUT))
         upper, upper_live = _tokens(row0, end, schedule, x, LAYOUT)
         lower, lower_live = _tokens(row0 + BLOCK_M // 2, end, schedule, x, LAYOUT)
     for i in range(first, n_tiles * N_BLOCKS, step):
         # What the next tile needs is loaded a tile ahead: three loads, one after the other.
-        next_expert, next_row0, next_end, next_block_n = _tile(i + step, n_tiles, schedule, N_BLOCKS, GROUP_M)
+        next_expert, next_row0, next_end, next_block_n, next_more0, next_more = _tile(
+            i + step, n_tiles, schedule, a, ADAPTED, N_BLOCKS, GROUP_M
+        )
         if GATHER:
             next_upper, next_upper_live = _tokens(next_row0, next_end, schedule, x, LAYOUT)
             next_lower, next_lower_live = _tokens(next_row0 + BLOCK_M // 2, next_end, schedule, x, LAYOUT)
@@ -170,8 +235,23 @@ def _produce(
             else:
                 load_box(x_desc, [row0, k], full, rows.index(stage * 2))
                 load_box(x_desc, [row0 + BLOCK_M // 2, k], full, rows.index(stage * 2 + 1))
+                if ADAPTED:  # the barrier counts threads, as it must where they copy
+                    async_copy.mbarrier_arrive(full, increment_count=False)
             stage, phase = _next(stage, phase, STAGES)
+        if ADAPTED:
+            for turn in range(_told(more)):
+                j = more0 + turn
+                full = ready.index(stage)
+                mbarrier.wait(empty.index(stage), phase)
+                _copy_step(
+                    schedule, a, w, expert, row0, end, block_n * BOX, j, rows, pieces, stage,
+                    PARTS, LIMIT, BLOCK_K, LAYOUT,
+                )  # fmt: skip
+                async_copy.mbarrier_arrive(full, increment_count=False)
+                mbarrier.arrive(full, count=1)
+                stage, phase = _next(stage, phase, STAGES)
         expert, row0, end, block_n = next_expert, next_row0, next_end, next_block_n
+        more0, more = next_more0, next_more
         if GATHER:
             upper, upper_live, lower, lower_live = next_upper, next_upper_live, next_lower, next_lower_live
 
@@ -410,8 +490,7 @@ def _store(
         tma.store_wait(0)  # the tile before has left
         # Addresses in a buffer are the same in every tile. Computed anew from a number that the compiler does not know,
         # they take no registers while products are added up.
-        number = gl.inline_asm_elementwise("mov.u32 $0, $1;", "=r,r", [row0 * 0 + CONSUMER], gl.int32, False, 1)
-        buffer = buffers.index(number)
+        buffer = buffers.index(_told(row0 * 0 + CONSUMER))
         buffer.store(value)
         if row0 + ROWS <= end:
             fence_async_shared()
@@ -468,8 +547,8 @@ def _conclude(
 
 @gluon.jit
 def _consume(
-    schedule, x, w, out, out_desc, buffers, e, p, rows, weights, ready, empty, first, n_tiles, step, k_end,
-    CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr, GATHER: gl.constexpr, SUM: gl.constexpr,
+    schedule, x, w, a, out, out_desc, buffers, e, p, rows, weights, ready, empty, first, n_tiles, step, k_end,
+    CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr, ADAPTED: gl.constexpr, GATHER: gl.constexpr, SUM: gl.constexpr,
     ACCUMULATE: gl.constexpr, LOAD_SCALES: gl.constexpr, MATH: gl.constexpr, ELEMENT: gl.constexpr,
     FINISH: gl.constexpr, EPILOGUE: gl.constexpr, ACTIVATION: gl.constexpr, GATE_UP: gl.constexpr,
     STORE: gl.constexpr, ARRANGE: gl.constexpr, ENCODE: gl.constexpr, LARGEST: gl.constexpr, OUT_GROUP: gl.constexpr,
@@ -492,10 +571,15 @@ def _consume(
     )
     stage = 0
     phase = 0
-    expert, row0, end, block_n = _tile(first, n_tiles, schedule, N_BLOCKS, GROUP_M)
+    expert, row0, end, block_n, _, more = _tile(first, n_tiles, schedule, a, ADAPTED, N_BLOCKS, GROUP_M)
     for i in range(first, n_tiles * N_BLOCKS, step):
-        next_expert, next_row0, next_end, next_block_n = _tile(i + step, n_tiles, schedule, N_BLOCKS, GROUP_M)
+        next_expert, next_row0, next_end, next_block_n, _, next_more = _tile(
+            i + step, n_tiles, schedule, a, ADAPTED, N_BLOCKS, GROUP_M
+        )
         mine = row0 + CONSUMER * (BLOCK_M - ROWS)
+        steps_end = k_end
+        if ADAPTED:
+            steps_end = k_end + _told(more) * BLOCK_K
         if mine < end:
             n0 = block_n * (WIDE // PARTS) + CONSUMER * ((WIDE - SHARE) // PARTS)
             second = n0 if PARTS == 2 else n0 + 1 if PAIRS else n0 + SHARE // 2
@@ -517,8 +601,8 @@ def _consume(
                 slot, live, r, weight = _facts(schedule, x, e, mine, end, LAYOUT, ROWS)
             else:
                 acc, stage, phase = _running_sum(
-                    rows, weights, ready, empty, stage, phase, k_end,
-                    CONSUMER, CONSUMERS, GATHER, ACCUMULATE, LAYOUT, BLOCK_K, STAGES,
+                    rows, weights, ready, empty, stage, phase, steps_end,
+                    CONSUMER, CONSUMERS, GATHER or ADAPTED, ACCUMULATE, LAYOUT, BLOCK_K, STAGES,
                 )  # fmt: skip
                 left, right = _halves(acc)
             if DECODED:
@@ -545,8 +629,8 @@ def _consume(
                     ENCODE, LARGEST, OUT_GROUP,
                 )  # fmt: skip
         else:
-            stage, phase = _skip(ready, empty, stage, phase, k_end, BLOCK_K, STAGES)
-        expert, row0, end, block_n = next_expert, next_row0, next_end, next_block_n
+            stage, phase = _skip(ready, empty, stage, phase, steps_end, BLOCK_K, STAGES)
+        expert, row0, end, block_n, more = next_expert, next_row0, next_end, next_block_n, next_more
     if buffers is not None:
         tma.store_wait(0)
 
@@ -557,20 +641,24 @@ def _consume(
 @gluon.jit
 def grouped_gemm_sm90(
     schedule, x, w, out, e, p,  # Schedule, Rows, Weight, Output, Epilogue, Parameters
+    a,  # Steps, or None
     x_desc, w_desc, out_desc,  # tensor maps; x_desc None: rows are gathered; out_desc None: results are scattered
     k_end,
     WAIT: gl.constexpr, RELEASE: gl.constexpr, LOAD_SCALES: gl.constexpr, MATH: gl.constexpr, ELEMENT: gl.constexpr,
     FINISH: gl.constexpr, EPILOGUE: gl.constexpr, ACTIVATION: gl.constexpr, GATE_UP: gl.constexpr,
     STORE: gl.constexpr, ARRANGE: gl.constexpr, ENCODE: gl.constexpr, LARGEST: gl.constexpr, OUT_GROUP: gl.constexpr,
     N: gl.constexpr, K: gl.constexpr, ACCUMULATE: gl.constexpr,
+    ADAPTED: gl.constexpr,  # there is ``a``, and the sum is a running one of 16 bits
     SUM: gl.constexpr,  # "running"; "groups": scales are applied to the product of a step; "words": to decoded weights
     X_LAYOUT: gl.constexpr,  # of rows in shared memory
     BLOCK_K: gl.constexpr, STAGES: gl.constexpr, GROUP_M: gl.constexpr,
     CONSUMERS: gl.constexpr,
 ):  # fmt: skip
     GATHER: gl.constexpr = x_desc is None
+    COPIES: gl.constexpr = GATHER or ADAPTED
     PARTS: gl.constexpr = 2 if GATE_UP == "concatenated" else 1
     COLUMNS: gl.constexpr = N if GATE_UP is None else N // 2
+    LIMIT: gl.constexpr = COLUMNS if PARTS == 2 else N
     BLOCK_N: gl.constexpr = WIDE if GATE_UP is None else WIDE // 2
     N_BLOCKS: gl.constexpr = (COLUMNS + BLOCK_N - 1) // BLOCK_N
     # One buffer of a stage, seen as what is loaded and as what is multiplied.
@@ -581,6 +669,7 @@ def grouped_gemm_sm90(
     left = _seen_as(rows, [STAGES * SHARERS, BLOCK_M // SHARERS, BLOCK_K])
     HALVES: gl.constexpr = 2 if SUM == "groups" else PARTS if SUM == "words" else 1
     right = _seen_as(weights, [STAGES * HALVES, WIDE // HALVES, COUNT])
+    pieces = _seen_as(weights, [STAGES * PIECES, WIDE // PIECES, COUNT])
     if out_desc is None:
         buffers: gl.constexpr = None
     else:
@@ -590,14 +679,14 @@ def grouped_gemm_sm90(
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
-        mbarrier.init(ready.index(stage), count=129 if GATHER else 1)  # the expectation, and threads that gather
+        mbarrier.init(ready.index(stage), count=129 if COPIES else 1)  # the expectation, and threads that copy
         mbarrier.init(empty.index(stage), count=CONSUMERS)
     fence_async_shared()
     WAIT()
     RELEASE()
     # Of 504 registers of three threads, one of each group of warps, two consumers take these: two sums of 64 x 128 and
-    # a product, or one sum of 64 x 256. The producer has the rest, for addresses where it gathers.
-    REGISTERS: gl.constexpr = 216 if GATHER and SUM != "words" else 224
+    # a product, or one sum of 64 x 256. The producer has the rest, for addresses where it copies.
+    REGISTERS: gl.constexpr = 216 if COPIES and SUM != "words" else 224
     first = gl.program_id(0)
     step = gl.num_programs(0)
     n_tiles = gl.load(schedule.n_tiles)
@@ -606,23 +695,25 @@ def grouped_gemm_sm90(
     # registers. Tuples are written out where they are used: in a variable they would lose their constants.
     if CONSUMERS == 2:
         gl.warp_specialize([
-            (_produce, (schedule, x, w, x_desc, w_desc, rows, weights, ready, empty, first, n_tiles, step, k_end,
-                        PARTS, K, BLOCK_K, STAGES, N_BLOCKS, GROUP_M)),
-            (_consume, (schedule, x, w, out, out_desc, buffers, e, p, left, right, ready, empty, first, n_tiles,
-                        step, k_end, 0, CONSUMERS, GATHER, SUM, ACCUMULATE, LOAD_SCALES, MATH, ELEMENT, FINISH,
+            (_produce, (schedule, x, w, a, x_desc, w_desc, rows, weights, pieces, ready, empty, first, n_tiles, step,
+                        k_end,
+                        ADAPTED, PARTS, LIMIT, K, BLOCK_K, STAGES, N_BLOCKS, GROUP_M)),
+            (_consume, (schedule, x, w, a, out, out_desc, buffers, e, p, left, right, ready, empty, first, n_tiles,
+                        step, k_end, 0, CONSUMERS, ADAPTED, GATHER, SUM, ACCUMULATE, LOAD_SCALES, MATH, ELEMENT, FINISH,
                         EPILOGUE, ACTIVATION, GATE_UP, STORE, ARRANGE, ENCODE, LARGEST, OUT_GROUP, N, K, BLOCK_K,
                         STAGES, N_BLOCKS, GROUP_M)),
-            (_consume, (schedule, x, w, out, out_desc, buffers, e, p, left, right, ready, empty, first, n_tiles,
-                        step, k_end, 1, CONSUMERS, GATHER, SUM, ACCUMULATE, LOAD_SCALES, MATH, ELEMENT, FINISH,
+            (_consume, (schedule, x, w, a, out, out_desc, buffers, e, p, left, right, ready, empty, first, n_tiles,
+                        step, k_end, 1, CONSUMERS, ADAPTED, GATHER, SUM, ACCUMULATE, LOAD_SCALES, MATH, ELEMENT, FINISH,
                         EPILOGUE, ACTIVATION, GATE_UP, STORE, ARRANGE, ENCODE, LARGEST, OUT_GROUP, N, K, BLOCK_K,
                         STAGES, N_BLOCKS, GROUP_M)),
         ], [4, 4], [REGISTERS, REGISTERS])  # fmt: skip
     else:
         gl.warp_specialize([
-            (_produce, (schedule, x, w, x_desc, w_desc, rows, weights, ready, empty, first, n_tiles, step, k_end,
-                        PARTS, K, BLOCK_K, STAGES, N_BLOCKS, GROUP_M)),
-            (_consume, (schedule, x, w, out, out_desc, buffers, e, p, left, right, ready, empty, first, n_tiles,
-                        step, k_end, 0, CONSUMERS, GATHER, SUM, ACCUMULATE, LOAD_SCALES, MATH, ELEMENT, FINISH,
+            (_produce, (schedule, x, w, a, x_desc, w_desc, rows, weights, pieces, ready, empty, first, n_tiles, step,
+                        k_end,
+                        ADAPTED, PARTS, LIMIT, K, BLOCK_K, STAGES, N_BLOCKS, GROUP_M)),
+            (_consume, (schedule, x, w, a, out, out_desc, buffers, e, p, left, right, ready, empty, first, n_tiles,
+                        step, k_end, 0, CONSUMERS, ADAPTED, GATHER, SUM, ACCUMULATE, LOAD_SCALES, MATH, ELEMENT, FINISH,
                         EPILOGUE, ACTIVATION, GATE_UP, STORE, ARRANGE, ENCODE, LARGEST, OUT_GROUP, N, K, BLOCK_K,
                         STAGES, N_BLOCKS, GROUP_M)),
         ], [8], [REGISTERS])  # fmt: skip

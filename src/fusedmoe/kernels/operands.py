@@ -64,7 +64,31 @@ class AdaptedIds(NamedTuple):
     enabled: object  #   [slots] uint8, or None
     experts: object  #   constexpr E, as what follows
     max_rank: object  #  R
-    block: object  #     columns of A x that a program computes
+    columns: object  #   R, or 2 R of gate and up: those of A x of an adapter
+    block: object  #     columns of all adapters that a turn computes
+    step: object  #      of an expand by steps, which the launch tells what it found; 0: of none
+    found: object  #     [S] int32, where it tells the adapter of a sorted row, or -1
+    blocks: object  #    [tiles, 2] int32, and of a tile the first block of ``step`` columns and their number
+
+
+class AdaptedOutput(NamedTuple):
+    """Output of a launch that shrinks, and what tells the adapter of a row."""
+
+    ptr: object  #     [S, columns]
+    stride_row: object
+    by_slot: object
+    scale: object  #   as of Output: nothing, as what follows
+    stride_scale: object
+    beside: object
+    stride_beside: object
+    stride_column: object
+    top_k: object  #   constexpr
+    ids: object  #     as of AdaptedIds
+    stride: object
+    slots: object
+    rank: object
+    enabled: object
+    columns: object  # constexpr, as of AdaptedIds
 
 
 class Shrink(NamedTuple):
@@ -76,8 +100,15 @@ class Shrink(NamedTuple):
     stride_n: object
     stride_k: object
     experts: object  #   constexpr E
+    columns: object  #   constexpr, as of AdaptedIds
+    max_rank: object  #  R
     scaling: object  #   [slots] float32
-    weight: object = None  # of routers, as of Epilogue: none
+    rank: object  #      [slots] int32
+    unit: object  #      constexpr 1, as of Weight; what follows is nothing, as of Weight and Epilogue
+    up: object = 0
+    scale: object = None
+    scale_at: object = None
+    weight: object = None
 
 
 class RowScale(NamedTuple):
@@ -196,7 +227,26 @@ class AdaptedEpilogue(NamedTuple):
     parts: object  #     constexpr: "one" A, or those of gate and up, whose rows of B are "halves" or "alternate"
     max_rank: object  #  constexpr R, as what follows
     block: object  #     columns of v to a product
+    steps: object  #     as of :class:`fusedmoe.spec.problem.Adapters`
+    stages: object  #    of the loop over products
     precision: object  # of float32 products
+
+
+class Steps(NamedTuple):
+    """What adapters add to a sum, as more of its steps: v [S, columns] times B [slots, E, N, R], finite throughout."""
+
+    v: object
+    v_stride: object
+    found: object  #     as of AdaptedIds
+    blocks: object
+    slots: object
+    ptr: object
+    stride_a: object
+    stride_e: object  #  0 where experts share it
+    stride_n: object
+    columns: object  #   constexpr, as of AdaptedIds
+    max_rank: object  #  constexpr R
+    parts: object  #     constexpr, as of AdaptedEpilogue
 
 
 class Parameters(NamedTuple):

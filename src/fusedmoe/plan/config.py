@@ -54,7 +54,7 @@ class ShrinkPlan:
 
     Attributes:
         by_adapter: tokens are sorted by adapter first, so that a tile of an expert that has several has few adapters.
-        turns: programs that share the adapters of a tile of rows.
+        turns: programs that share the columns of all adapters in a tile of rows, at most.
         gate_up: of hidden states.
         down: of the intermediate.
     """

@@ -220,11 +220,13 @@ def adapted(config: KernelConfig, problem: Problem, gemm: Gemm, target: Target) 
     if not gemm.rank or config.specialised:
         return config
     config = replace(config, programs_per_sm=0, flatten=False)
+    hopper = target.vendor == "nvidia" and target.capability == 90
+    if gemm.steps and hopper and gemm.format is None:
+        return config  # adds to the sums that are there, from shared memory
     halves = 2 if gemm.width == 2 and problem.gate_up == "concatenated" else 1  # added one after the other
     # WGMMA has both operands in shared memory, but for weights that are decoded in registers.
     decoded = decodes(gemm, target)
     whole = gemm.rank % 16 == 0  # else loads are masked
-    hopper = target.vendor == "nvidia" and target.capability == 90
     registers = 112 if not hopper else 128 if decoded else 192 if whole else 160
     while (
         config.block_m * wide(config, gemm) * (1 + 1 / halves) > registers * 32 * config.warps and config.block_n > 16
@@ -237,28 +239,30 @@ def adapted(config: KernelConfig, problem: Problem, gemm: Gemm, target: Target) 
 
 
 def _shrink(problem: Problem, target: Target, block_m: int, *, few: bool) -> ShrinkPlan | None:
-    """How A x is computed: a tile of its own size for few slots, that of the layer for more, narrow in either case."""
+    """How A x of all adapters is computed: row by row for few slots, in the layer's tiles of rows for more."""
     if problem.adapters is None:
         return None
     slots, rank = problem.adapters.slots, problem.adapters.rank
-    block_m = FEW if few else block_m
 
     def tile(columns: int, inner: int) -> KernelConfig:
+        if few:  # each row alone
+            block_k = max(128, min(1024, _next_power_of_2(inner)))
+            return KernelConfig(block_m=1, block_n=32 if target.interpret else 1, block_k=block_k, warps=1, stages=1)
         gemm = Gemm(columns=columns, inner=inner, width=1, matrix=Matrix("none", tma=False), dtype=problem.dtype)
-        block_n = min(16 if few else 128 if block_m >= 64 else 64, max(16, _next_power_of_2(columns)))
+        block_n = min(128 if block_m == 128 else 64, max(16, _next_power_of_2(columns)))
         block_k = 32 if target.interpret or problem.dtype == "float32" else 128 if block_m <= 64 else 64
         config = KernelConfig(block_m=block_m, block_n=block_n, block_k=block_k, warps=8 if block_m == 128 else 4)
         if target.vendor == "nvidia" and target.capability < 80:
             config = replace(config, block_n=min(block_n, 32), block_k=16, stages=1)
         return _fit(config, gemm, target)
 
-    tiles = min(problem.experts, problem.slots) + (0 if few else problem.slots // block_m)
+    tiles = min(problem.experts, problem.slots) + problem.slots // block_m
     return ShrinkPlan(
-        by_adapter=not few and slots > 1 and problem.slots / problem.experts > block_m,
+        by_adapter=not few and slots > 1 and problem.slots / problem.experts >= block_m,
         # Twice as many programs as multiprocessors; those whose turn does not come leave at once.
-        turns=max(1, min(slots, problem.slots, math.ceil(2 * target.n_sm / tiles))),
-        gate_up=tile(problem.adapters.parts * rank, problem.hidden),
-        down=tile(rank, problem.intermediate),
+        turns=math.ceil(2 * target.n_sm / tiles),
+        gate_up=tile(slots * problem.adapters.parts * rank, problem.hidden),
+        down=tile(slots * rank, problem.intermediate),
     )
 
 

@@ -26,9 +26,28 @@ def step_bytes(config: KernelConfig, gemm: Gemm, target: Target) -> int:
 
 
 def expand_block(config: KernelConfig, gemm: Gemm) -> int:
-    """Columns of A x that one product of an epilogue takes: what registers are left for beside the sums."""
-    sums = config.block_m * (wide(config, gemm) + config.block_n) // (32 * config.warps)
-    return 16 if gemm.rank <= 16 or sums >= 192 else 32
+    """Columns of A x that one product of an epilogue takes: those of several adapters where it may, else what registers
+    are left for beside the sums; all of one where a row is alone.
+    """
+    if config.block_m == 1:
+        return max(16, 1 << (gemm.rank - 1).bit_length())
+    if gemm.steps:
+        most = 16 if _full(config, gemm) and gemm.format else 32 if _full(config, gemm) or config.block_m == 16 else 64
+        return min(most, max(16, config.block_k), max(16, 1 << (gemm.steps - 1).bit_length()))
+    return 16 if gemm.rank <= 16 or _full(config, gemm) else 32
+
+
+def expand_stages(config: KernelConfig, gemm: Gemm) -> int:
+    """Products with B that an epilogue loads ahead, and the one that it makes.
+
+    A tile of few rows has few adapters, and the registers of a longer loop would cost it a program beside it.
+    """
+    return 1 if config.block_m == 16 else 2 if gemm.steps and gemm.format and _full(config, gemm) else 3
+
+
+def _full(config: KernelConfig, gemm: Gemm) -> bool:
+    """Sums, and half of them once more, take three quarters of a thread's registers."""
+    return config.block_m * (wide(config, gemm) + config.block_n) // (32 * config.warps) >= 192
 
 
 def shared_bytes(config: KernelConfig, gemm: Gemm, target: Target) -> int:
@@ -43,7 +62,8 @@ def shared_bytes(config: KernelConfig, gemm: Gemm, target: Target) -> int:
     math = multiply_in(gemm, target)
     epilogue = config.block_m * wide(config, gemm) * 4
     if gemm.rank:  # both operands of a product with B
-        epilogue += (config.block_m + wide(config, gemm)) * expand_block(config, gemm) * bytes_of(gemm.dtype)
+        pieces = expand_block(config, gemm) * expand_stages(config, gemm)
+        epilogue += (config.block_m + wide(config, gemm)) * pieces * bytes_of(gemm.dtype)
     buffers = step_bytes(config, gemm, target) * max(1, config.stages)
     if gemm.format is not None and math != gemm.format.element:
         buffers += (wide(config, gemm) // gemm.width * 2 + config.block_m) * config.block_k * bytes_of(math)
@@ -221,8 +241,12 @@ def why_not_specialised(config: KernelConfig, gemm: Gemm, target: Target) -> lis
         reasons.append("sums groups of e4m3 alone")
     if config.block_m != 128 or wide(config, gemm) != 256 or config.warps not in ((4,) if decoded else (4, 8)):
         reasons.append("a tile multiplies 128 rows by 256 of weights, with 8 warps together or by 4; decoded, by 4")
-    if gemm.rank:
-        reasons.append("adds no adapters: its registers hold two sums of a tile, not three")
+    if gemm.rank and gemm.format is not None:
+        reasons.append("adds adapters to sums of unquantised products alone")
+    if gemm.rank and not gemm.steps:
+        reasons.append(
+            "adds adapters as steps of its sum: where LoRA is finite, with R and strides that are multiples of 8"
+        )
     if not gemm.rows_aligned:
         reasons.append("rows of hidden_states must be contiguous and start at multiples of 16 bytes")
     return reasons

@@ -16,11 +16,15 @@ ITEMSIZE: dict[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2, "float64"
 class Adapters:
     """What decides how adapters are run: their slots, the rank R that these are made for, and whether gate and up
     have one A (``parts`` 1) or one each (2).
+
+    Attributes:
+        steps: B x can be added as more steps of a sum over K: all of B is finite, and 16 bytes of it can be copied.
     """
 
     slots: int
     rank: int
     parts: int
+    steps: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +41,7 @@ class Gemm:
         emulate: multiply codes in a wider type even where the device has theirs.
         rows_aligned: its rows are contiguous and start at multiples of 16 bytes.
         rank: R of the adapters that are added to it, 0 without.
+        steps: columns of A x of all adapters, where B v may be added as more steps of a sum; else 0.
     """
 
     columns: int
@@ -48,6 +53,7 @@ class Gemm:
     emulate: bool = False
     rows_aligned: bool = True
     rank: int = 0
+    steps: int = 0
 
     @property
     def inputs(self) -> Inputs | None:
@@ -126,6 +132,7 @@ class Problem:
             rows_aligned=self.rows_aligned
             or (self.inputs_dtype is None and self.w13_format is not None and self.w13_format.inputs is not None),
             rank=0 if self.adapters is None else self.adapters.rank,
+            steps=self._steps,
         )
 
     @property
@@ -140,7 +147,13 @@ class Problem:
             format=self.w2_format,
             emulate=self.emulate,
             rank=0 if self.adapters is None else self.adapters.rank,
+            steps=self._steps,
         )
+
+    @property
+    def _steps(self) -> int:
+        held = self.adapters
+        return held.slots * held.rank if held is not None and held.steps else 0
 
     @property
     def flops(self) -> int:

@@ -204,6 +204,7 @@ class Case:
         emulate: the option of that name.
         ranks: of the adapters, whose slots are made for 3 more than the largest; 0: a slot that is full of NaN. Half of
             the tokens have none of them, or name a slot that is not there.
+        finite: slots are made for the next multiple of 8 from the largest rank on, and have 7 in the place of NaN.
         apart: gate and up have an A each.
         shared: experts share A of w13 and B of w2.
     """
@@ -229,6 +230,7 @@ class Case:
     codes: bool = False
     emulate: bool = False
     ranks: tuple[int, ...] = ()
+    finite: bool = False
     apart: bool = True
     shared: bool = False
 
@@ -300,9 +302,11 @@ class Case:
         return (_poisoned(x, self.pad), w13, w2, weights.to(router_dtype), self._ids(n_global, g)), options
 
     def _adapters(self, n_rows: int, g: torch.Generator) -> dict[str, Any]:
-        """Options lora and adapter_ids; what lies beyond a rank, or in an empty slot, is NaN."""
+        """Options lora and adapter_ids; what lies beyond a rank, or in an empty slot, is NaN, or 7."""
         parts = 2 if self.apart and self.activation.gated else 1
-        slots, largest, one = len(self.ranks), max(self.ranks) + 3, 1 if self.shared else self.experts
+        slots, one = len(self.ranks), 1 if self.shared else self.experts
+        largest = -(-max(self.ranks) // 8) * 8 if self.finite else max(self.ranks) + 3
+        unused = 7.0 if self.finite else float("nan")
         shapes = (
             (one, parts, largest, self.hidden),
             (self.experts, n_rows, largest),
@@ -315,12 +319,12 @@ class Case:
             of_a = len(shape) == 4
             for slot, rank in enumerate(self.ranks):
                 values[slot] *= (shape[-1] if of_a else max(1, rank)) ** -0.5
-                (values[slot, :, :, rank:] if of_a else values[slot, ..., rank:]).fill_(float("nan"))
+                (values[slot, :, :, rank:] if of_a else values[slot, ..., rank:]).fill_(unused)
             values = values.flatten(2, 3) if of_a else values
             tensors.append(_poisoned(values.to(getattr(torch, self.dtype)), self.pad))
         held = torch.tensor(self.ranks, dtype=torch.int32, device=g.device)
         scaling = torch.rand(slots, generator=g, device=g.device) + 0.5
-        lora = LoRA(*tensors, rank=held, scaling=scaling)
+        lora = LoRA(*tensors, rank=held, scaling=scaling, finite=self.finite)
         ids = torch.randint(slots, (self.tokens,), generator=g, device=g.device)
         none = torch.tensor([-1, -9, slots, 2**31 - 1], device=g.device)
         others = none[torch.randint(4, (self.tokens,), generator=g, device=g.device)]
