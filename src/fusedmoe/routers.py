@@ -91,7 +91,7 @@ def sigmoid_topk(
         routed_scaling_factor: multiplies the weights in the end.
 
     Raises:
-        ShapeError, DTypeError, DeviceError, OptionError: see the message.
+        ShapeError, DTypeError, LayoutError, DeviceError, OptionError: see the message.
     """
     _check(router_logits, top_k)
     n_experts = router_logits.shape[1]
@@ -156,6 +156,9 @@ def _check_bias(correction_bias: Tensor | None, router_logits: Tensor) -> None:
     if not isinstance(correction_bias, Tensor) or not correction_bias.dtype.is_floating_point:
         got = correction_bias.dtype if isinstance(correction_bias, Tensor) else type(correction_bias).__name__
         raise DTypeError(explain(what, got=got, wanted="a tensor of a floating dtype", do=do))
+    if correction_bias.layout != torch.strided:
+        do = "Make it one: .to_dense()."
+        raise LayoutError(explain(what, got=correction_bias.layout, wanted="a dense tensor", do=do))
     if correction_bias.shape != router_logits.shape[1:]:
         shape, wanted = tuple(correction_bias.shape), f"[E] = ({router_logits.shape[1]},), as router_logits say"
         raise ShapeError(explain(f"shape of {what}", got=shape, wanted=wanted, do=do))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fusedmoe import reference, routers
-from fusedmoe.errors import DeviceError, DTypeError, OptionError, ShapeError
+from fusedmoe.errors import DeviceError, DTypeError, LayoutError, OptionError, ShapeError
 
 
 def logits(tokens=33, experts=16, seed=0, scale=2.0):
@@ -201,6 +201,7 @@ def test_errors_of_every_router(router, z, top_k, error, match):
         ({"n_group": 8, "topk_group": 2}, OptionError, r"top_k: got 3; wanted at most 2: 2 kept groups of 1"),
         ({"correction_bias": torch.zeros(7)}, ShapeError, r"got \(7,\); wanted \[E\] = \(8,\)"),
         ({"correction_bias": torch.zeros(1, 8)}, ShapeError, r"correction_bias"),
+        ({"correction_bias": torch.zeros(8).to_sparse()}, LayoutError, r"got torch.sparse_coo; wanted a dense tensor"),
         ({"correction_bias": torch.zeros(8, dtype=torch.int32)}, DTypeError, r"correction_bias: got torch.int32"),
         ({"routed_scaling_factor": "2"}, OptionError, r"routed_scaling_factor: got '2'; wanted a number"),
         ({"routed_scaling_factor": 2**130}, OptionError, r"routed_scaling_factor: .* that float32 holds"),
