@@ -54,7 +54,7 @@ def workspace_layout(problem: Problem, how: TritonPlan) -> Layout:
         layout["unarranged"] = ((problem.slots, problem.intermediate), dtype)
     if not how.few:
         layout["order"] = ((problem.tokens,), torch.int32)
-        if problem.adapters.steps:
+        if problem.gate_up_gemm.steps:
             layout["found"] = ((problem.slots,), torch.int32)
             layout["blocks"] = ((max_tiles(problem, 128), 2), torch.int32)
     return layout
@@ -252,7 +252,7 @@ def expanded(call: Call, how: TritonPlan, e: Epilogue, work: Workspace, *, of_to
     b, v = held.w13_b if of_tokens else held.w2_b, work["shrunk"]
     config, gemm = (how.gate_up, problem.gate_up_gemm) if of_tokens else (how.down, problem.down_gemm)
     parts = _parts(call) if of_tokens else "one"
-    how_many = expand_block(config, gemm), gemm.steps > 0, expand_stages(config, gemm)
+    how_many = expand_block(config, gemm), gemm.steps > 0, expand_stages(config)
     constants = (parts, held.max_rank, *how_many, problem.fp32_precision)
     base = e._replace(top_k=tl.constexpr(problem.top_k))
     product = (v, v.stride(0), *_strides(b), problem.intermediate, *map(tl.constexpr, constants))
