@@ -16,6 +16,7 @@ import dataclasses
 import functools
 import importlib.metadata
 import json
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,25 @@ def kernel(base: Any, moe: Any, quant: Any) -> Any:
     return modular_kernel.FusedMoEKernel(path, base(moe_config=moe, quant_config=quant))
 
 
+def configuration(device: torch.device) -> AbstractContextManager[Any]:
+    """What vLLM's layers look up when they are made and called, and memory for their intermediate results."""
+    from vllm.config import DeviceConfig, VllmConfig, set_current_vllm_config
+    from vllm.v1.worker import workspace
+
+    if not workspace.is_workspace_manager_initialized():
+        workspace.init_workspace_manager(device)
+    return set_current_vllm_config(VllmConfig(device_config=DeviceConfig(device=device.type)))
+
+
+def operands(layer: Layer, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> dict[str, Any]:
+    """Arguments of a call of vLLM's experts."""
+    codes = [w.data if isinstance(w, ExpertMatrix) else w for w in (layer.w13, layer.w2)]
+    return {
+        "hidden_states": x, "w1": codes[0], "w2": codes[1], "topk_weights": weights, "topk_ids": ids,
+        "global_num_experts": layer.shape.experts, "expert_map": None, "apply_router_weight_on_input": False,
+    }  # fmt: skip
+
+
 def measured(layer: Layer, tokens: int, *, eager: bool) -> dict[str, object]:
     """Errors and times of both classes."""
     from vllm.model_executor.layers import fused_moe
@@ -105,18 +125,14 @@ def measured(layer: Layer, tokens: int, *, eager: bool) -> dict[str, object]:
     scheme = "none" if not isinstance(layer.w13, ExpertMatrix) else layer.w13.format.scheme
     base = triton_moe.TritonWNA16Experts if scheme.endswith("a16") else triton_moe.TritonExperts
     moe, quant = configured(layer, tokens)
-    x, w13, w2, weights, ids = arguments = layer.call(tokens)
-    codes = [w.data if isinstance(w, ExpertMatrix) else w for w in (w13, w2)]
+    x, _, _, weights, ids = arguments = layer.call(tokens)
     row: dict[str, object] = {"shape": layer.shape.name, "scheme": scheme, "tokens": tokens}
-    operands = {
-        "hidden_states": x, "w1": codes[0], "w2": codes[1], "topk_weights": weights, "topk_ids": ids,
-        "global_num_experts": layer.shape.experts, "expert_map": None, "apply_router_weight_on_input": False,
-    }  # fmt: skip
+    given = operands(layer, x, weights, ids)
     results = {}
     for name, one in (("vllm", base), ("fusedmoe", experts_class(base))):
         if name == "vllm" and x.device.type == "cpu":
             continue
-        call = functools.partial(kernel(one, moe, quant).apply, activation=moe.activation, **operands)
+        call = functools.partial(kernel(one, moe, quant).apply, activation=moe.activation, **given)
         try:
             results[name] = call().clone()  # it lies in vLLM's workspace
         except (AssertionError, TypeError):
@@ -125,7 +141,7 @@ def measured(layer: Layer, tokens: int, *, eager: bool) -> dict[str, object]:
             # 0.22.1: rows of int8, weight-only matrices whose rows are one group, and few tokens of int4. Its function,
             # from before there were classes, takes the first.
             row["vllm_class_refuses"] = True
-            call = functools.partial(fused_moe.fused_experts, quant_config=quant, **operands)
+            call = functools.partial(fused_moe.fused_experts, quant_config=quant, **given)
             try:
                 results[name] = call().clone()
             except (AssertionError, TypeError, NotImplementedError):
@@ -153,13 +169,8 @@ def main() -> None:
     parser.add_argument("--eager", action="store_true", help="host time too")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    from vllm.config import DeviceConfig, VllmConfig, set_current_vllm_config
-    from vllm.v1.worker import workspace
-
     device, rows = default_device(), []
-    if not workspace.is_workspace_manager_initialized():
-        workspace.init_workspace_manager(device)
-    with set_current_vllm_config(VllmConfig(device_config=DeviceConfig(device=device.type))):
+    with configuration(device):
         for shape in map(shape_of, options.shape or ("qwen3-30b-a3b",)):
             for scheme in options.scheme or ("none",):
                 layer = draw_layer(

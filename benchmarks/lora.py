@@ -66,16 +66,6 @@ def more_bytes(lora: fusedmoe.LoRA, expert_bytes: float, ids: torch.Tensor, adap
     return 1 + pairs * each / (ids.unique().numel() * expert_bytes)
 
 
-def vllm_configuration(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """What vLLM's layers look up when they are made and called, and memory for their intermediate results."""
-    from vllm.config import DeviceConfig, VllmConfig, set_current_vllm_config
-    from vllm.v1.worker import workspace
-
-    if not workspace.is_workspace_manager_initialized():
-        workspace.init_workspace_manager(device)
-    return set_current_vllm_config(VllmConfig(device_config=DeviceConfig(device=device.type)))
-
-
 def vllm_context(lora: fusedmoe.LoRA, adapter_ids: torch.Tensor, top_k: int) -> Any:
     """VLLM's form of the adapters and of the adapter of each token.
 
@@ -119,26 +109,15 @@ def vllm_call(
     With adapters, pairs of token and expert are sorted once more, by adapter and expert, unless they are few, and a
     kernel after each of the two products adds B (A x) to what that stored.
     """
-    from against_vllm import configured, kernel
+    from against_vllm import configured, kernel, operands
     from vllm.model_executor.layers.fused_moe.experts.triton_moe import TritonExperts
 
-    x, weights, ids = inputs
+    x, _, ids = inputs
     moe, quant = configured(layer, x.shape[0])
     experts = kernel(TritonExperts, moe, quant)
     if lora is not None and adapter_ids is not None:
         experts.fused_experts.set_lora_context(vllm_context(lora, adapter_ids, ids.shape[1]))
-    return functools.partial(
-        experts.apply,
-        hidden_states=x,
-        w1=layer.w13,
-        w2=layer.w2,
-        topk_weights=weights,
-        topk_ids=ids,
-        activation=moe.activation,
-        global_num_experts=layer.shape.experts,
-        expert_map=None,
-        apply_router_weight_on_input=False,
-    )
+    return functools.partial(experts.apply, activation=moe.activation, **operands(layer, *inputs))
 
 
 def vllm_columns(
@@ -168,7 +147,11 @@ def main() -> None:
     if options.vllm and set(options.scheme or ()) - {"none"}:
         parser.error(f"--vllm: got --scheme {' '.join(options.scheme)}; wanted none")
     device = default_device()
-    with vllm_configuration(device) if options.vllm else contextlib.nullcontext():
+    with contextlib.ExitStack() as stack:
+        if options.vllm:
+            from against_vllm import configuration
+
+            stack.enter_context(configuration(device))
         rows = table(options, device)
     if options.json:
         facts = {"device": name_of(device), "torch": torch.__version__}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hopper
 import pytest
 import torch
 
@@ -13,33 +14,13 @@ from fusedmoe.plan.planner import SUPPORTS, choose
 from fusedmoe.schemes import SCHEMES, format_of
 from fusedmoe.spec.activation import Activation
 from fusedmoe.target import KNOWN, target_of
-from fusedmoe.testing.cases import OPTIONS, QUANTISED_OPTIONS, Case, formats_of, pairwise, run_poisoned
+from fusedmoe.testing.cases import QUANTISED_OPTIONS, Case, formats_of, pairwise, run_poisoned
 from fusedmoe.testing.verify import TOLERANCE, relative_error
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
-    ),
-    pytest.mark.filterwarnings("default"),
-]
+pytestmark = [pytest.mark.gpu, hopper.needed, pytest.mark.filterwarnings("default")]
 
-#: Options that these kernels take; what they do not, the planner refuses, which tests without a GPU show.
-TAKEN = {**OPTIONS, "dtype": ("float16", "bfloat16"), "weight_layout": ("NK",), "pad": (0, 8)}
-#: (tokens, top_k, experts, hidden, intermediate): halves of tiles without rows, columns past the last, one short step
-SHAPES = [
-    (300, 8, 128, 256, 192),
-    (129, 2, 3, 96, 2880),
-    (513, 4, 16, 1040, 320),
-    (2048, 8, 64, 512, 768),
-    (5000, 2, 8, 512, 384),
-    (2100, 2, 8, 128, 4096),  # rows are copied into sorted order first
-    (40, 64, 256, 64, 96),
-    (3, 8, 4096, 64, 32),
-    (4096, 8, 128, 2048, 768),
-    (1, 1, 1, 32, 16),
-]
-GRID = pairwise({"shape": SHAPES, **TAKEN}, seed=2)
+SHAPES = [*hopper.SHAPES, (40, 64, 256, 64, 96), (3, 8, 4096, 64, 32), (4096, 8, 128, 2048, 768), hopper.SHORT]
+GRID = pairwise({"shape": SHAPES, **hopper.TAKEN}, seed=2)
 
 
 @pytest.mark.parametrize("row", range(len(GRID)))
@@ -55,7 +36,7 @@ WHOLE_WORDS = [shape for shape in SHAPES if shape[3] % 32 == shape[4] % 32 == 0]
 
 def quantised() -> list[Case]:
     """Every format that these kernels take, over shapes and options."""
-    rows = pairwise({"shape": SHAPES, **TAKEN, "pad": (0, 16), **QUANTISED_OPTIONS, "emulate": (False,)}, seed=3)
+    rows = pairwise({"shape": SHAPES, **hopper.TAKEN, "pad": (0, 16), **QUANTISED_OPTIONS, "emulate": (False,)}, seed=3)
     layer = Shape("any", 8, 2, 256, 256)
     cases = []
     for form in (form for scheme in SCHEMES for form in formats_of(scheme)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hopper
 import pytest
 import torch
 
@@ -36,25 +37,11 @@ def test_option_grid(row):
     assert error < TOLERANCE[case.dtype], case
 
 
-hopper = pytest.mark.skipif(
-    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
-)
 #: What the warp-specialised kernels take, who add adapters as steps of their sums.
 STEPS = pairwise(
     {
-        "shape": [
-            (300, 8, 128, 256, 192),
-            (129, 2, 3, 96, 2880),
-            (513, 4, 16, 1040, 320),
-            (2048, 8, 64, 512, 768),
-            (5000, 2, 8, 512, 384),
-            (2100, 2, 8, 128, 4096),  # rows are copied into sorted order first
-            (1, 1, 1, 32, 16),
-        ],
-        **OPTIONS,
-        "dtype": ("float16", "bfloat16"),
-        "weight_layout": ("NK",),
-        "pad": (0, 8),
+        "shape": [*hopper.SHAPES, hopper.SHORT],
+        **hopper.TAKEN,
         **ADAPTERS,
         "ranks": ((1,), (3, 0, 8), (16, 16, 5, 0), (64,) * 3, (200, 3), tuple(range(1, 17)) * 2),
         "finite": (True,),
@@ -63,7 +50,7 @@ STEPS = pairwise(
 )
 
 
-@hopper
+@hopper.needed
 @pytest.mark.parametrize("row", range(len(STEPS)))
 def test_option_grid_of_steps(row):
     case = Case.of(**STEPS[row])
@@ -71,7 +58,7 @@ def test_option_grid_of_steps(row):
     assert error < TOLERANCE[case.dtype], case
 
 
-@hopper
+@hopper.needed
 @pytest.mark.parametrize("ranks", [(5, 0, 16, 64), (16,) * 16], ids=len)
 @pytest.mark.parametrize("layout", ["concatenated", "interleaved"])
 def test_steps_leave_rows_without_an_adapter_their_bits(layout, ranks):

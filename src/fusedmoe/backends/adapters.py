@@ -142,6 +142,21 @@ def shrink(
     plain = Output(out, out.stride(0), tl.constexpr(True))
     specialised = (how.gate_up if of_tokens else how.down).specialised  # and adds by steps
     adapted = _adapted(call, ids, columns, config.block_n, work if specialised else None)
+    shared = {
+        **options,
+        **PLAIN,
+        "ELEMENT": None,
+        "SHIFT": 0.0,
+        "PER_ITEM": 1,
+        "FINISH": scales.nothing,
+        "ACTIVATION": None,
+        "GATE_UP": None,
+        "K": k,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+        "num_warps": config.warps,
+        "num_stages": config.stages,
+    }
     with device_guard(out.device):
         if how.few:
             launch(
@@ -154,27 +169,15 @@ def shrink(
                 w,
                 Parameters(None, None, None, None),
                 k,
-                **options,
-                **PLAIN,
+                **shared,
                 MATRIX=lora.matrix_of,
                 START=lora.of_matrix,
+                EPILOGUE=lora.scale_one,
                 TURNS=1,
                 J=1,
-                ELEMENT=None,
-                SHIFT=0.0,
-                PER_ITEM=1,
                 GROUP=0,
-                FINISH=scales.nothing,
-                EPILOGUE=lora.scale_one,
-                ACTIVATION=None,
-                GATE_UP=None,
                 N=columns,
-                K=k,
-                BLOCK_N=config.block_n,
-                BLOCK_K=config.block_k,
                 CHUNK=16 // a.element_size(),
-                num_warps=config.warps,
-                num_stages=1,
             )
             return
         launch(
@@ -190,8 +193,7 @@ def shrink(
             None,
             None,
             k,
-            **options,
-            **PLAIN,
+            **shared,
             SPAN=lora.scheduled_span,
             LOCATE=lora.scheduled_locate,
             LOAD_X=load.rows_by_pointer,
@@ -199,30 +201,19 @@ def shrink(
             LOAD_SCALES=scales.none,
             STEP=step.dense,
             DECODE=decode.as_they_are,
-            ELEMENT=None,
-            FINISH=scales.nothing,
             EPILOGUE=lora.scale,
             WRITE=lora.write_own,
-            ACTIVATION=None,
-            GATE_UP=None,
             N=n,
-            K=k,
             GROUP=k,
             STRIDE=k,
             MATH=TRITON_TYPES[problem.dtype],
             ACCUMULATE=tl.float32,
-            SHIFT=0.0,
-            PER_ITEM=1,
             SWAP=False,
             BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
-            BLOCK_K=config.block_k,
             GROUP_M=1,
             FEW=FEW,
             FLATTEN=False,
             PRECISION=problem.fp32_precision,
-            num_warps=config.warps,
-            num_stages=config.stages,
         )
 
 
