@@ -113,7 +113,8 @@ def operands(layer: Layer, x: torch.Tensor, weights: torch.Tensor, ids: torch.Te
     codes = [w.data if isinstance(w, ExpertMatrix) else w for w in (layer.w13, layer.w2)]
     return {
         "hidden_states": x, "w1": codes[0], "w2": codes[1], "topk_weights": weights, "topk_ids": ids,
-        "global_num_experts": layer.shape.experts, "expert_map": None, "apply_router_weight_on_input": False,
+        "global_num_experts": layer.shape.experts, "expert_map": None,
+        "apply_router_weight_on_input": layer.options.get("apply_router_weight_on_input", False),
     }  # fmt: skip
 
 
@@ -166,6 +167,7 @@ def main() -> None:
     parser.add_argument("--tokens", default="1,8,32,128,512,2048,8192")
     parser.add_argument("--activation", default="silu")
     parser.add_argument("--bias", action="store_true")
+    parser.add_argument("--weight-on-input", action="store_true", help="router weights multiply rows; top_k is 1")
     parser.add_argument("--eager", action="store_true", help="host time too")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -177,6 +179,8 @@ def main() -> None:
                     *(shape,), dtype=torch.bfloat16, device=device, scheme=scheme, bias=options.bias,
                     activation=Activation.of(options.activation).name,
                 )  # fmt: skip
+                if options.weight_on_input:
+                    layer = layer._replace(options={**layer.options, "apply_router_weight_on_input": True})
                 if scheme == "fp8_tensor":  # vLLM has one scale for gate and up
                     w13 = layer.w13
                     layer = layer._replace(w13=ExpertMatrix(w13.format, w13.data, w13.scale[:, :1], parts=1))

@@ -7,9 +7,12 @@ of a replayed graph, L2 emptied before each. Results are compared with the refer
 last column is the bytes that have to be read over those of the layer without: the weights of each chosen expert, and A
 and B of each adapter with a token there. A layer that is at the limit of memory cannot have a smaller quotient.
 
+``--apart``: an A each for gate and up, and tensors of their own for both, as vLLM has them for most models.
+
 ``--vllm`` times vLLM's own adapters beside them, those of 0.22.1: its Triton experts without and with the same
-adapters, as ``against_vllm.py`` has them, and their quotient. Results with adapters are compared with the reference
-where ours are. Not for quantised layers: there its experts ignore adapters, or multiply A with codes of quantised rows.
+adapters, as ``against_vllm.py`` has them, and their quotient; and this library's in their place, as the plugin puts
+them there. Results with adapters are compared with the reference where ours are. Of quantised layers the plugin's
+alone: vLLM's experts ignore adapters there, or multiply A with codes of quantised rows.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ import torch
 import fusedmoe
 from fusedmoe.bench import Layer, Shape, default_device, draw_layer, format_for, problem_of, shape_of, time_us
 from fusedmoe.cli.environment import name_of
+from fusedmoe.integrations.vllm import experts_class, isolate_adapters, why_no_adapters
 from fusedmoe.testing.verify import Oracle
 
 #: Relative error that vLLM's result may have. More than ours: it rounds to the type of the layer before it adds an
@@ -36,21 +40,18 @@ from fusedmoe.testing.verify import Oracle
 VLLM_TOLERANCE = 2e-2
 
 
-def adapters(shape: Shape, count: int, rank: int, generator: torch.Generator) -> fusedmoe.LoRA:
-    """Slots that are full, one A for gate and up, as PEFT has them for fused parameters."""
+def adapters(shape: Shape, count: int, rank: int, generator: torch.Generator, *, apart: bool) -> fusedmoe.LoRA:
+    """Slots that are full, one A for gate and up, as PEFT has them for fused parameters, or a pair of tensors each."""
 
     def draw(*sizes: int, fan_in: int) -> torch.Tensor:
         like = {"dtype": torch.bfloat16, "device": generator.device, "generator": generator}
         return torch.randn(count, shape.experts, *sizes, **like).mul_(fan_in**-0.5)  # type: ignore[arg-type]
 
     h, i = shape.hidden, shape.intermediate
-    return fusedmoe.LoRA(
-        draw(rank, h, fan_in=h),
-        draw(2 * i, rank, fan_in=rank),
-        draw(rank, i, fan_in=i),
-        draw(h, rank, fan_in=rank),
-        finite=True,
-    )
+    pairs = [(draw(rank, h, fan_in=h), draw(i if apart else 2 * i, rank, fan_in=rank)) for _ in range(1 + apart)]
+    (a, b), (up_a, up_b) = pairs[0], pairs[1] if apart else (None, None)
+    down = draw(rank, i, fan_in=i), draw(h, rank, fan_in=rank)
+    return fusedmoe.LoRA(a, b, *down, up_a=up_a, up_b=up_b, finite=True)
 
 
 def draw_ids(tokens: int, count: int, generator: torch.Generator) -> torch.Tensor:
@@ -61,16 +62,16 @@ def draw_ids(tokens: int, count: int, generator: torch.Generator) -> torch.Tenso
 def more_bytes(lora: fusedmoe.LoRA, expert_bytes: float, ids: torch.Tensor, adapter_ids: torch.Tensor) -> float:
     """Bytes of weights and adapters over those of weights."""
     pairs = (adapter_ids[:, None] * lora.w13_a.shape[1] + ids).unique().numel()
-    matrices = (lora.w13_a, lora.w13_b, lora.w2_a, lora.w2_b)
-    each = sum(t[0, 0].numel() * t.itemsize for t in matrices)
+    matrices = (lora.w13_a, lora.w13_b, lora.up_a, lora.up_b, lora.w2_a, lora.w2_b)
+    each = sum(t[0, 0].numel() * t.itemsize for t in matrices if t is not None)
     return 1 + pairs * each / (ids.unique().numel() * expert_bytes)
 
 
 def vllm_context(lora: fusedmoe.LoRA, adapter_ids: torch.Tensor, top_k: int) -> Any:
     """VLLM's form of the adapters and of the adapter of each token.
 
-    Its stacked tensors have the shapes of ours: one slice of w13, as it has them for adapters of fused parameters, and
-    a scaling, which it multiplies into B, of 1.
+    Its stacked tensors have the shapes of ours: one slice of w13, as it has them for adapters of fused parameters, or
+    one each for gate and up; and a scaling, which it multiplies into B, of 1.
     """
     from vllm.lora.punica_wrapper.punica_gpu import PunicaWrapperGPU
     from vllm.model_executor.layers.fused_moe.experts.lora_context import MoELoRAContext
@@ -80,15 +81,16 @@ def vllm_context(lora: fusedmoe.LoRA, adapter_ids: torch.Tensor, top_k: int) -> 
     config = SimpleNamespace(max_loras=count, specialize_active_lora=False)
     wrapper = PunicaWrapperGPU(tokens, tokens, device, lora_config=config)
     wrapper.token_mapping_meta.prepare_tensors(adapter_ids)  # waits for the device, so before a graph is captured
+    a, b = ([t for t in pair if t is not None] for pair in ((lora.w13_a, lora.up_a), (lora.w13_b, lora.up_b)))
     return MoELoRAContext(
-        w13_lora_a_stacked=(lora.w13_a,),
-        w13_lora_b_stacked=(lora.w13_b,),
+        w13_lora_a_stacked=tuple(a),
+        w13_lora_b_stacked=tuple(b),
         w2_lora_a_stacked=(lora.w2_a,),
         w2_lora_b_stacked=(lora.w2_b,),
         adapter_enabled=torch.ones(count + 1, dtype=torch.int32, device=device),
         max_loras=count,
         top_k=top_k,
-        w13_num_slices=1,
+        w13_num_slices=len(a),
         fully_sharded=False,
         tp_rank=0,
         tp_size=1,
@@ -103,10 +105,13 @@ def vllm_call(
     inputs: tuple[torch.Tensor, ...],
     lora: fusedmoe.LoRA | None = None,
     adapter_ids: torch.Tensor | None = None,
+    *,
+    plugin: bool = False,
 ) -> Callable[[], torch.Tensor]:
-    """A call of vLLM's Triton experts with these rows, router weights and ids; its result lies in vLLM's workspace.
+    """A call of vLLM's Triton experts with these rows, router weights and ids, or of the plugin's in their place; the
+    result lies in vLLM's workspace.
 
-    With adapters, pairs of token and expert are sorted once more, by adapter and expert, unless they are few, and a
+    With adapters, vLLM's sort pairs of token and expert once more, by adapter and expert, unless they are few, and a
     kernel after each of the two products adds B (A x) to what that stored.
     """
     from against_vllm import configured, kernel, operands
@@ -114,22 +119,28 @@ def vllm_call(
 
     x, _, ids = inputs
     moe, quant = configured(layer, x.shape[0])
-    experts = kernel(TritonExperts, moe, quant)
+    experts = kernel(experts_class(TritonExperts) if plugin else TritonExperts, moe, quant)
     if lora is not None and adapter_ids is not None:
         experts.fused_experts.set_lora_context(vllm_context(lora, adapter_ids, ids.shape[1]))
+        reason = plugin and why_no_adapters(experts.fused_experts._lora_context, moe.in_dtype)
+        assert not reason, reason
     return functools.partial(experts.apply, activation=moe.activation, **operands(layer, *inputs))
 
 
 def vllm_columns(
-    call: Callable[[], torch.Tensor], base_us: float, oracle: Oracle | None, device: torch.device
+    call: Callable[[], torch.Tensor], base_us: float, oracle: Oracle | None, device: torch.device, name: str = "vllm"
 ) -> dict[str, float | None]:
-    """Times of vLLM without adapters and with, their quotient, and its error where there is a reference."""
+    """Times of a class of experts of vLLM without adapters and with, their quotient, and its error where there is a
+    reference.
+    """
     error = None
     if oracle is not None:
-        error = oracle.verdict(call()).error
-        assert error < VLLM_TOLERANCE, error
+        verdict = oracle.verdict(call())
+        error = verdict.error
+        assert verdict.ok if name == "plugin" else error < VLLM_TOLERANCE, (name, verdict)
     us = time_us(call, device)
-    return {"vllm_base_us": base_us, "vllm_us": us, "vllm_quotient": us / base_us, "vllm_error": error}
+    found = {"base_us": base_us, "us": us, "quotient": us / base_us, "error": error}
+    return {f"{name}_{key}": value for key, value in found.items()}
 
 
 @torch.no_grad()
@@ -141,16 +152,16 @@ def main() -> None:
     parser.add_argument("--tokens", default="1,8,32,512,2048,8192")
     parser.add_argument("--adapters", default="1,4,16")
     parser.add_argument("--rank", default="16,64")
-    parser.add_argument("--vllm", action="store_true", help="vLLM's own adapters too")
+    parser.add_argument("--apart", action="store_true", help="gate and up in tensors of their own")
+    parser.add_argument("--vllm", action="store_true", help="vLLM's own adapters too, and the plugin's in vLLM")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    if options.vllm and set(options.scheme or ()) - {"none"}:
-        parser.error(f"--vllm: got --scheme {' '.join(options.scheme)}; wanted none")
     device = default_device()
     with contextlib.ExitStack() as stack:
         if options.vllm:
             from against_vllm import configuration
 
+            isolate_adapters()
             stack.enter_context(configuration(device))
         rows = table(options, device)
     if options.json:
@@ -178,14 +189,16 @@ def table(options: argparse.Namespace, device: torch.device) -> list[dict[str, o
                 return fusedmoe.fused_experts(x, w13, w2, weights, ids, **extra)  # type: ignore[arg-type]  # noqa: B023
 
             fusedmoe.warmup(lambda n: layer(n, {}), tokens, threads=16)
-            base, vllm_base = {}, {}
+            base: dict[int, float] = {}
+            in_vllm = ({"vllm": False} if scheme == "none" else {}) | {"plugin": True} if options.vllm else {}
+            in_vllm_base: dict[tuple[str, int], float] = {}
             for n, (x, weights, ids) in inputs.items():
                 base[n] = time_us(functools.partial(fusedmoe.fused_experts, x, w13, w2, weights, ids), device)
-                if options.vllm:
-                    vllm_base[n] = time_us(vllm_call(drawn, inputs[n]), device)
+                for name, plugin in in_vllm.items():
+                    in_vllm_base[name, n] = time_us(vllm_call(drawn, inputs[n], plugin=plugin), device)
             for rank in ranks:
                 for count in counts:
-                    lora = adapters(shape, count, rank, generator)
+                    lora = adapters(shape, count, rank, generator, apart=options.apart)
                     some = {n: {"lora": lora, "adapter_ids": draw_ids(n, count, generator)} for n in tokens}
                     fusedmoe.warmup(lambda n, some=some: layer(n, some[n]), tokens, threads=16)
                     for n, (x, weights, ids) in inputs.items():
@@ -203,23 +216,24 @@ def table(options: argparse.Namespace, device: torch.device) -> list[dict[str, o
                             us = time_us(call, device)
                             least = 1.0 if name == "none" else more_bytes(lora, expert_bytes, ids, adapter_ids)
                             row = {
-                                "shape": shape.name, "scheme": scheme, "rank": rank, "adapters": count, "of": name,
-                                "tokens": n, "base_us": base[n], "us": us, "quotient": us / base[n], "bytes": least,
+                                "shape": shape.name, "scheme": scheme, "rank": rank, "adapters": count,
+                                "apart": options.apart, "of": name, "tokens": n, "base_us": base[n], "us": us,
+                                "quotient": us / base[n], "bytes": least,
                             }  # fmt: skip
                             said = (
                                 f"{shape.name:14} {scheme:12} rank {rank:3} adapters {count:3} {name}  T = {n:5}  "
                                 f"{base[n]:8.1f} us  {us:8.1f} us  {us / base[n]:.2f}  bytes {least:.2f}"
                             )
-                            if options.vllm and name == "each":
-                                theirs = vllm_call(drawn, inputs[n], lora, adapter_ids)
-                                more = vllm_columns(theirs, vllm_base[n], oracle, device)
+                            for whose, plugin in in_vllm.items() if name == "each" else ():
+                                theirs = vllm_call(drawn, inputs[n], lora, adapter_ids, plugin=plugin)
+                                more = vllm_columns(theirs, in_vllm_base[whose, n], oracle, device, whose)
                                 row |= more
-                                said += (
-                                    f"  vLLM {more['vllm_base_us']:8.1f} us  {more['vllm_us']:8.1f} us  "
-                                    f"{more['vllm_quotient']:.2f}"
+                                said += f"  {whose} " + "  ".join(
+                                    f"{more[f'{whose}_{key}']:{form}}"
+                                    for key, form in (("base_us", "8.1f"), ("us", "8.1f"), ("quotient", ".2f"))
                                 )
-                                if more["vllm_error"] is not None:
-                                    said += f"  error {more['vllm_error']:.1e}"
+                                if more[f"{whose}_error"] is not None:
+                                    said += f"  error {more[f'{whose}_error']:.1e}"
                             rows.append(row)
                             print(said, flush=True)
                     del lora

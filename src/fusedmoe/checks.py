@@ -385,7 +385,8 @@ def _check_lora(
     _tensor("matrices of lora", lora.w13_a, "[slots, E, R, H]", 4, (dtype,), x.device)
     (n_experts, n_rows, n_hidden), n_intermediate = w13.shape, w2.shape[2]
     experts = {t.shape[1] for t in (lora.w13_a, lora.w13_b, lora.w2_a, lora.w2_b)} - {1}
-    got = (max(experts, default=n_experts), lora.w13_b.shape[2], lora.w13_a.shape[3], lora.w2_a.shape[3])
+    rows = lora.w13_b.shape[2] * (1 if lora.up_b is None else 2)
+    got = (max(experts, default=n_experts), rows, lora.w13_a.shape[3], lora.w2_a.shape[3])
     wanted = (n_experts, n_rows, n_hidden, n_intermediate)
     _size("lora", got, wanted, "(E, rows of w13, H, I) of the layer", "Adapters must be of this layer and this shard.")
     if scale is not None:
@@ -407,7 +408,7 @@ def _by_steps(lora: LoRA) -> bool:
         and b.stride(3) == 1
         and not any(b.stride(i) % 8 for i in range(3) if b.shape[i] > 1)
         and b.data_ptr() % 16 == 0
-        for b in (lora.w13_b, lora.w2_b)
+        for b in (lora.w13_b, lora.w13_b if lora.up_b is None else lora.up_b, lora.w2_b)
     )
 
 
@@ -503,7 +504,8 @@ def check(
         if invariant:
             do = "Leave batch_invariant out where there are adapters."
             raise OptionError(explain("batch_invariant", got="adapters", wanted="a layer without", do=do))
-        _check_no_gradient(w13_a=lora.w13_a, w13_b=lora.w13_b, w2_a=lora.w2_a, w2_b=lora.w2_b)
+        matrices = ("w13_a", "w13_b", "w2_a", "w2_b", "up_a", "up_b")
+        _check_no_gradient(**{name: getattr(lora, name) for name in matrices})
     problem = Problem(
         tokens=hidden_states.shape[0],
         top_k=topk_ids.shape[1],

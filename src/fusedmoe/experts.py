@@ -119,7 +119,8 @@ def _take(steps: Callable[..., None], call: Call, plan: Plan, out: torch.Tensor)
     device, tensors = out.device, (*call.inputs(), out)
     tape = None
     if plan.triton is not None and device.type != "cpu" and launching():
-        tape = tape_for((steps, call.problem, plan), (*tensors, *call.workspaces()))
+        apart = () if call.lora is None else call.lora.distances
+        tape = tape_for((steps, call.problem, plan, apart), (*tensors, *call.workspaces()))
     if tape is not None and tape.whole:
         tape.replay((*tensors, *(call.workspaces() or (torch.empty(tape.n_bytes, dtype=torch.uint8, device=device),))))
         return tape

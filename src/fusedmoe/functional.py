@@ -152,7 +152,7 @@ def fused_experts(
         )  # fmt: skip
         options = (
             dtype, emulate, activation, gate_up_layout, weight_layout, apply_router_weight_on_input, global_num_experts,
-            fp32_precision, batch_invariant, backend, workspace_limit, lora is not None and lora.finite,
+            fp32_precision, batch_invariant, backend, workspace_limit, lora and (lora.finite, lora.distances),
         )  # fmt: skip
         key, done = experts.again(arguments, options)
         if done is not None:

@@ -96,13 +96,16 @@ class LoRA:
         w13_b: [slots, E or 1, rows of w13, R].
         w2_a: [slots, E or 1, R, I].
         w2_b: [slots, E or 1, H, R].
+        up_a, up_b: None, or where gate and up have tensors of their own: w13_a [slots, E or 1, R, H] and w13_b [slots,
+            E or 1, I, R] are gate's then, and these, of the same shapes and strides, are up's.
         scaling: [slots] float32.
         rank: [slots] int32, the rank of the adapter in each slot; 0: none.
-        adapter_enabled: [slots] uint8, 0: as if the slot were empty; or None. A tensor that was given is used where it
-            lies, so that writing to it counts from the next call on.
-        finite: whether every number in A and B is finite, those that are not used too: then the kernels of Hopper run
-            with adapters (`gluon_sm90`, many tokens), in which an infinity or NaN in B would reach rows of other
-            adapters. :meth:`empty` and :meth:`of` make it so, and :meth:`add` keeps it so.
+        adapter_enabled: [slots] uint8, int8 or int32, 0: as if the slot were empty; or None. A tensor that was given is
+            used where it lies, so that writing to it counts from the next call on.
+        finite: whether every number in B is finite, those that are not used too: then several adapters are added at
+            once, and the kernels of Hopper run with them (`gluon_sm90`, many tokens), in which an infinity or NaN in B
+            would reach rows of other adapters; one in A reaches rows of its own. :meth:`empty` and :meth:`of` make it
+            so, and :meth:`add` keeps it so.
 
     >>> lora = LoRA.empty(4, num_experts=8, hidden_size=64, intermediate_size=96, max_rank=16)
     >>> one = Adapter(w13_a=torch.randn(8, 2 * 3, 64), w13_b=torch.randn(8, 192, 3),
@@ -112,7 +115,7 @@ class LoRA:
     [0, 0, 3, 0]
     """
 
-    __slots__ = ("adapter_enabled", "finite", "rank", "scaling", "w2_a", "w2_b", "w13_a", "w13_b")
+    __slots__ = ("adapter_enabled", "finite", "rank", "scaling", "up_a", "up_b", "w2_a", "w2_b", "w13_a", "w13_b")
 
     def __init__(
         self,
@@ -124,6 +127,8 @@ class LoRA:
         scaling: Tensor | None = None,
         rank: Tensor | None = None,
         adapter_enabled: Tensor | None = None,
+        up_a: Tensor | None = None,
+        up_b: Tensor | None = None,
         finite: bool = False,
     ) -> None:
         """Put together stacked tensors; they are used where they lie.
@@ -132,14 +137,15 @@ class LoRA:
             w13_a, w13_b, w2_a, w2_b: see the class; float32, float16 or bfloat16, all of one type.
             scaling: [slots] float32; None: 1.
             rank: [slots] int32; None: R in every slot.
-            adapter_enabled: [slots] bool, uint8 or int8; None: all.
+            adapter_enabled: [slots] bool, uint8, int8 or int32; None: all.
+            up_a, up_b: see the class; both or none.
             finite: a promise, for what is written to these tensors later too; see the class.
 
         Raises:
             ShapeError, DTypeError, DeviceError: a tensor does not fit.
         """
         tensors = [w13_a, w13_b, w2_a, w2_b]
-        _check_shapes(tensors)
+        _check_shapes(tensors, apart=up_a is not None)
         slots, device = w13_a.shape[0], w13_a.device
         if scaling is None:
             scaling = torch.ones(slots, dtype=torch.float32, device=device)
@@ -150,7 +156,7 @@ class LoRA:
         for name, vector, dtypes in (
             ("scaling", scaling, (torch.float32,)),
             ("rank", rank, (torch.int32,)),
-            ("adapter_enabled", adapter_enabled, (torch.bool, torch.uint8, torch.int8)),
+            ("adapter_enabled", adapter_enabled, (torch.bool, torch.uint8, torch.int8, torch.int32)),
         ):
             if vector is None:
                 continue
@@ -164,9 +170,21 @@ class LoRA:
                         do="Give each slot of w13_a one.",
                     )
                 )
+        for name, up, gate in (("up_a", up_a, w13_a), ("up_b", up_b, w13_b)):
+            if up is None and (up_a is None) == (up_b is None):
+                continue
+            _check_tensor(name, up, (w13_a.dtype,), device)
+            assert up is not None, "checked"
+            if up.shape != gate.shape or up.stride() != gate.stride():
+                got = f"shape {tuple(up.shape)}, strides {up.stride()}"
+                wanted = f"{tuple(gate.shape)} and {gate.stride()}, those of gate's"
+                raise ShapeError(explain(f"{name} of LoRA", got=got, wanted=wanted, do="Allocate both alike."))
         self.w13_a, self.w13_b, self.w2_a, self.w2_b = tensors
+        self.up_a, self.up_b = up_a, up_b
         self.scaling, self.rank, self.finite = scaling, rank, bool(finite)
-        self.adapter_enabled = None if adapter_enabled is None else adapter_enabled.view(torch.uint8)
+        if adapter_enabled is not None and adapter_enabled.dtype == torch.bool:
+            adapter_enabled = adapter_enabled.view(torch.uint8)
+        self.adapter_enabled = adapter_enabled
 
     @classmethod
     def empty(
@@ -244,7 +262,30 @@ class LoRA:
     def tensors(self) -> list[Tensor]:
         """All tensors, in the order in which the constructor takes them."""
         tensors = [self.w13_a, self.w13_b, self.w2_a, self.w2_b, self.scaling, self.rank]
+        if self.up_a is not None and self.up_b is not None:
+            tensors += [self.up_a, self.up_b]
         return tensors if self.adapter_enabled is None else [*tensors, self.adapter_enabled]
+
+    @classmethod
+    def of_tensors(cls, tensors: Sequence[Tensor], *, finite: bool) -> LoRA:
+        """The inverse of :meth:`tensors`."""
+        vectors, others = ("scaling", "rank"), ("up_a", "up_b", "adapter_enabled")
+        names = (*vectors, *(others[:2] if len(tensors) > 7 else ()), *(others[2:] if len(tensors) % 2 else ()))
+        return cls(*tensors[:4], finite=finite, **dict(zip(names, tensors[4:], strict=True)))
+
+    @property
+    def distances(self) -> tuple[int, ...]:
+        """Bytes from gate's tensors to up's, A and B, where they have one each: launches depend on them."""
+        if self.up_a is None or self.up_b is None:
+            return ()
+        return self.up_a.data_ptr() - self.w13_a.data_ptr(), self.up_b.data_ptr() - self.w13_b.data_ptr()
+
+    def w13(self, *, interleaved: bool) -> tuple[Tensor, Tensor]:
+        """A [slots, E or 1, R or 2R, H] and B [slots, E or 1, rows of w13, R]; copies where gate and up are apart."""
+        if self.up_a is None or self.up_b is None:
+            return self.w13_a, self.w13_b
+        b = torch.stack([self.w13_b, self.up_b], 3 if interleaved else 2)
+        return torch.cat([self.w13_a, self.up_a], 2), b.flatten(2, 3)
 
     @property
     def slots(self) -> int:
@@ -259,13 +300,13 @@ class LoRA:
     @property
     def parts(self) -> int:
         """2 when gate and up have an A each, else 1."""
-        return self.w13_a.shape[2] // self.max_rank
+        return 2 if self.up_a is not None else self.w13_a.shape[2] // self.max_rank
 
     def add(self, slot: int, adapter: Adapter) -> None:
         """Put an adapter into a slot, in place of what it holds; cast to the type of the slots.
 
         Raises:
-            OptionError: there is no such slot.
+            OptionError: there is no such slot, or gate and up have tensors of their own.
             ShapeError: the adapter does not fit the slots, or its rank is above R.
             OptionError: it has numbers that are not finite, in the type of the slots, and the slots promise that.
         """
@@ -277,6 +318,13 @@ class LoRA:
         if adapter.parts > self.parts:
             got, do = "an A each for gate and up", "Make the slots with apart=True."
             raise ShapeError(explain("w13_a of the adapter", got=got, wanted="slots with one A for both", do=do))
+        if self.up_a is not None or self.up_b is not None:
+            got, wanted = (
+                "gate and up in tensors of their own",
+                "one tensor for both, whose rows are in the order of w13's",
+            )
+            do = "Write to the tensors, or make the slots with LoRA.empty."
+            raise OptionError(explain("slots to add to", got=got, wanted=wanted, do=do))
         views = {
             "w13_a": self.w13_a[slot].unflatten(1, (self.parts, self.max_rank))[:, :, :rank],
             "w13_b": self.w13_b[slot, :, :, :rank],
@@ -332,8 +380,8 @@ def _check_tensor(name: str, tensor: object, dtypes: tuple[torch.dtype, ...], de
         raise DeviceError(explain(f"{name} of LoRA", got=f"a tensor on {tensor.device}", wanted=device, do=do))
 
 
-def _check_shapes(tensors: Sequence[object]) -> None:
-    """Shapes [slots, experts, ...] of the four matrices."""
+def _check_shapes(tensors: Sequence[object], *, apart: bool = False) -> None:
+    """Shapes [slots, experts, ...] of the four matrices; ``apart``: those of w13 are gate's alone."""
     for name, tensor in zip(_MATRICES, tensors, strict=True):
         if not isinstance(tensor, Tensor) or tensor.dim() != 4 or 0 in tensor.shape:
             got = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
@@ -346,11 +394,12 @@ def _check_shapes(tensors: Sequence[object]) -> None:
         wanted = f"at most {MAX_SLOTS} slots, and a rank of 1 to {MAX_RANK}"
         raise ShapeError(explain("LoRA", got=got, wanted=wanted, do="Use fewer slots, or a lower rank."))
     gated = b13[2] == 2 * a2[3]
-    parts = (1, 2) if gated else (1,)
+    parts = (1, 2) if gated and not apart else (1,)
+    rows = (a2[3],) if apart else (a2[3], 2 * a2[3])
     experts = {shape[1] for shape in (a13, b13, a2, b2)} - {1}
     fits = {
         "w13_a": a13[2] in [part * rank for part in parts],
-        "w13_b": b13[0] == slots and b13[2] in (a2[3], 2 * a2[3]) and b13[3] == rank,
+        "w13_b": b13[0] == slots and b13[2] in rows and b13[3] == rank,
         "w2_a": a2[0] == slots,
         "w2_b": b2[0] == slots and b2[2] == a13[3] and b2[3] == rank,
     }

@@ -53,11 +53,6 @@ def flatten(w: Tensor | ExpertMatrix) -> _Flat:
     return w.data, w.scale, w.zero, w.tensor_scale, w.input_scale, format_to_words(w.format), w.parts
 
 
-def _lora(tensors: list[Tensor], finite: bool) -> LoRA | None:
-    names = ("scaling", "rank", "adapter_enabled")
-    return LoRA(*tensors[:4], finite=finite, **dict(zip(names, tensors[4:], strict=False))) if tensors else None
-
-
 def format_to_words(form: Format) -> list[str]:
     """A format as a list of words; the inverse of :func:`format_of_words`."""
     rows = form.inputs  # no dataclasses.astuple: torch.export of 2.11 does not trace its copies
@@ -123,7 +118,7 @@ def _fused_experts(hidden_states: Tensor, *arguments: Any) -> Tensor:
         expert_map=expert_map,
         global_num_experts=global_num_experts,
         fp32_precision=fp32_precision,
-        lora=_lora(lora, finite),
+        lora=LoRA.of_tensors(lora, finite=finite) if lora else None,
         adapter_ids=adapter_ids,
         batch_invariant=batch_invariant,
     )

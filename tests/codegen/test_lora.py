@@ -45,7 +45,19 @@ def empty_matrix(scheme, shape, parts=1):
     return ExpertMatrix(form, **tensors, parts=parts if form.block[0] > 1 else None)
 
 
-def compile_layer(target, shape, scheme="none", rank=64, dtype=torch.bfloat16, chosen="triton", **options):
+def in_tensors_of_their_own(lora):
+    """The same with a tensor each for gate and up."""
+    rank, rows = lora.max_rank, lora.w13_b.shape[2] // 2
+    (a, up_a), (b, up_b) = (
+        (torch.empty_like(t[:, :, :size]), torch.empty_like(t[:, :, :size]))
+        for t, size in ((lora.w13_a, rank), (lora.w13_b, rows))
+    )
+    return LoRA(a, b, lora.w2_a, lora.w2_b, up_a=up_a, up_b=up_b, finite=True)
+
+
+def compile_layer(
+    target, shape, scheme="none", rank=64, dtype=torch.bfloat16, chosen="triton", apart=False, pad=0, **options
+):
     tokens, top_k, n_experts, hidden, intermediate = shape
     parts = 2 if options.get("gate_up_layout") != "interleaved" else 1
     w13 = empty_matrix(scheme, (n_experts, 2 * intermediate, hidden), parts)
@@ -55,7 +67,9 @@ def compile_layer(target, shape, scheme="none", rank=64, dtype=torch.bfloat16, c
     lora = LoRA.empty(
         4, num_experts=n_experts, hidden_size=hidden, intermediate_size=intermediate, max_rank=rank, dtype=dtype
     )
-    x, ids = torch.empty(tokens, hidden, dtype=dtype), torch.zeros(tokens, top_k, dtype=torch.int64)
+    lora = in_tensors_of_their_own(lora) if apart else lora
+    lora.w13_a = torch.empty(*lora.w13_a.shape[:3], hidden + pad, dtype=dtype)[..., :hidden]
+    x, ids = torch.empty(tokens, hidden + pad, dtype=dtype)[:, :hidden], torch.zeros(tokens, top_k, dtype=torch.int64)
     adapters = {"lora": lora, "adapter_ids": torch.zeros(tokens, dtype=torch.int64)}
     call = check(x, w13, w2, torch.empty(tokens, top_k), ids, **adapters, **options)
     plan = choose(call.problem, KNOWN[target], chosen)
@@ -97,13 +111,27 @@ def test_schemes(scheme):
         assert [(k.name, k.stack_bytes) for k in compiled if k.stack_bytes > SPILLED] == []
 
 
+@pytest.mark.parametrize("rank", [16, 24])
+@pytest.mark.parametrize("shape", ["few", "tall"])
+@pytest.mark.parametrize("apart", [True, False])
+def test_rows_of_a_that_are_not_aligned_are_not_read_as_if_they_were(shape, rank, apart):
+    """Triton 3.6 took the remainder of a remainder for a multiple of its divisor."""
+    for pad, at_once in ((0, True), (1, False)):
+        _, _, compiled = compile_layer("sm_90", SHAPES[shape], rank=rank, apart=apart, pad=pad)
+        shrink, *_ = gemms(compiled)
+        found = re.findall(r"cp\.async\.c[ag]\.\S+ \[[^\]]+\], \[[^\]]+\], 0x10|ld\.global\S*\.v4", shrink.asm["ptx"])
+        assert bool(found) == at_once
+
+
 @pytest.mark.skipif(not KNOWN["sm_90"].gluon, reason="needs Gluon as it is in Triton 3.6 and newer")
 @pytest.mark.parametrize("layout", ["concatenated", "interleaved"])
+@pytest.mark.parametrize(("rank", "apart"), [(64, False), (8, False), (8, True)])
 @pytest.mark.parametrize("shape", [(8192, 8, 64, 2048, 768), (2100, 2, 8, 128, 4096)], ids=["gathered", "copied"])
-def test_steps_of_hopper(shape, layout):
+def test_steps_of_hopper(shape, rank, apart, layout):
     """More steps of the same sum: one group of products, copied 16 bytes at a time, and each tile with its own."""
     activation = "silu" if layout == "concatenated" else "swigluoai"
-    _, plan, compiled = compile_layer("sm_90", shape, chosen="gluon_sm90", gate_up_layout=layout, activation=activation)
+    options = {"gate_up_layout": layout, "activation": activation}
+    _, plan, compiled = compile_layer("sm_90", shape, rank=rank, chosen="gluon_sm90", apart=apart, **options)
     kernels = [kernel for kernel in compiled if kernel.name == "grouped_gemm_sm90"]
     for kernel, config in zip(kernels, (plan.gate_up, plan.down), strict=True):
         consumers = 8 // config.warps

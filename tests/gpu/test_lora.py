@@ -22,7 +22,7 @@ pytestmark = [
 
 ADAPTERS = {
     "ranks": ((1,), (3, 0, 8), (16, 16, 5, 0), (64,), (200, 3)),
-    "apart": (True, False),
+    "apart": (True, False, "tensors"),
     "shared": (False, True),
     "finite": (True, False),
 }
@@ -73,6 +73,21 @@ def test_steps_leave_rows_without_an_adapter_their_bits(layout, ranks):
     assert torch.equal(fused_on_hopper(arguments, options), base)
 
 
+@hopper.needed
+@pytest.mark.parametrize("ranks", [(5, 0, 16, 64), (16,) * 16], ids=len)
+@pytest.mark.parametrize("backend", ["triton", "gluon_sm90"])
+def test_a_nan_in_a_reaches_rows_of_its_adapter_alone(backend, ranks):
+    """Where B is finite, which is all that the kernels are promised."""
+    case = Case.of((3000, 4, 8, 256, 384), ranks=ranks, finite=True, ids="any")
+    arguments, options = case.draw("cuda", seed=5)
+    lora, ids = options["lora"], options["adapter_ids"]
+    clean = fusedmoe.fused_experts(*arguments, backend=backend, **options)
+    lora.w13_a[2, :, 3], lora.w2_a[2, :, 3] = float("nan"), float("inf")
+    out = fusedmoe.fused_experts(*arguments, backend=backend, **options)
+    assert torch.equal(out[ids != 2], clean[ids != 2])
+    assert out[ids == 2].isnan().any(1).any()
+
+
 def fused_on_hopper(arguments, options):
     return fusedmoe.fused_experts(*arguments, backend="gluon_sm90", **options)
 
@@ -83,10 +98,11 @@ def bare(options):
 
 @pytest.mark.parametrize("scheme", ["none", *SCHEMES])
 @pytest.mark.parametrize("tokens", [6, 300, 3000])
-def test_schemes_and_rows_without_an_adapter(scheme, tokens):
+@pytest.mark.parametrize("finite", [False, True])
+def test_schemes_and_rows_without_an_adapter(scheme, tokens, finite):
     """Within the bound of the scheme; and the other rows have the bits of the layer without adapters."""
     form = None if scheme == "none" else format_of(scheme)
-    case = Case.of((tokens, 4, 8, 256, 384), formats=(form, form), ranks=(5, 0, 16, 64)).fitted()
+    case = Case.of((tokens, 4, 8, 256, 384), formats=(form, form), ranks=(5, 0, 16, 64), finite=finite).fitted()
     out, error = run_poisoned(case, "cuda", "triton", seed=3)
     assert error < case.tolerance
     arguments, options = case.draw("cuda", seed=3)

@@ -28,7 +28,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.i
 #: Options of adapters, for a pairwise grid.
 ADAPTERS = {
     "ranks": ((1,), (3, 0, 8), (16, 16, 5, 0), (64,), (200, 3)),
-    "apart": (True, False),
+    "apart": (True, False, "tensors"),
     "shared": (False, True),
     "finite": (True, False),
 }
@@ -137,10 +137,11 @@ def test_a_batch_without_adapters_is_the_layer():
         assert torch.equal(fusedmoe.fused_experts(*arguments, backend="triton", **options), base)
 
 
-def test_an_adapter_that_is_not_enabled_is_none():
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32])
+def test_an_adapter_that_is_not_enabled_is_none(dtype):
     arguments, options = Case.of((40, 2, 2, 32, 32), ranks=(5, 4)).draw()
     base = fusedmoe.fused_experts(*arguments, backend="triton", **bare(options))
-    options["lora"].adapter_enabled = torch.tensor([0, 1], dtype=torch.uint8)
+    options["lora"].adapter_enabled = torch.tensor([0, 1], dtype=dtype)
     out = fusedmoe.fused_experts(*arguments, backend="triton", **options)
     assert relative_error(out, reference.fused_experts(*arguments, **options)) < TOLERANCE["bfloat16"]
     first = options["adapter_ids"] == 0

@@ -15,7 +15,7 @@ from fusedmoe.testing.verify import TOLERANCE, relative_error
 #: Options of adapters, for a pairwise grid.
 ADAPTERS = {
     "ranks": ((1,), (3, 0, 8), (16, 16, 5, 0), (64,), (200, 3)),
-    "apart": (True, False),
+    "apart": (True, False, "tensors"),
     "shared": (False, True),
 }
 SHAPES = [(1, 2, 5, 33, 80), (9, 3, 4, 64, 48), (70, 2, 3, 32, 40)]
@@ -29,9 +29,13 @@ def merged(arguments, options, slot, case):
     rank = int(lora.rank[slot])
     if case.weight_layout == "KN":
         w13, w2 = w13.transpose(1, 2), w2.transpose(1, 2)
-    a13, b13, a2, b2 = (
-        t[slot].double().expand(case.experts, -1, -1) for t in (lora.w13_a, lora.w13_b, lora.w2_a, lora.w2_b)
-    )
+    a13, b13 = lora.w13_a, lora.w13_b
+    if lora.up_a is not None:
+        a13, b13 = torch.cat([a13, lora.up_a], 2), torch.empty_like(b13).repeat(1, 1, 2, 1)
+        up = slice(1, None, 2) if case.gate_up_layout == "interleaved" else slice(case.intermediate, None)
+        gate = slice(0, None, 2) if case.gate_up_layout == "interleaved" else slice(0, case.intermediate)
+        b13[:, :, gate], b13[:, :, up] = lora.w13_b, lora.up_b
+    a13, b13, a2, b2 = (t[slot].double().expand(case.experts, -1, -1) for t in (a13, b13, lora.w2_a, lora.w2_b))
     b13, a2, b2 = b13[:, :, :rank], a2[:, :rank], b2[:, :, :rank]
     halves = a13.unflatten(1, (lora.parts, lora.max_rank))[:, :, :rank]
     delta = b13 @ halves[:, 0]
@@ -88,10 +92,11 @@ def test_rows_without_an_adapter_keep_their_bits():
         assert torch.equal(fusedmoe.fused_experts(*arguments, backend="torch", **options), base)
 
 
-def test_an_adapter_that_is_not_enabled_is_none():
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int8, torch.int32])
+def test_an_adapter_that_is_not_enabled_is_none(dtype):
     arguments, options = Case.of((40, 2, 4, 64, 48), dtype="float32", ranks=(8, 3)).draw()
     lora = options["lora"]
-    mask = torch.tensor([True, False])
+    mask = torch.tensor([1, 0], dtype=dtype)
     options["lora"] = LoRA(
         lora.w13_a, lora.w13_b, lora.w2_a, lora.w2_b, scaling=lora.scaling, rank=lora.rank, adapter_enabled=mask
     )
@@ -100,7 +105,7 @@ def test_an_adapter_that_is_not_enabled_is_none():
     base = fusedmoe.fused_experts(*arguments, backend="torch", **without(options))
     second = options["adapter_ids"] == 1
     assert second.any() and torch.equal(out[second], base[second])
-    mask[1] = True  # the caller's tensor is used where it lies
+    mask[1] = 1  # the caller's tensor is used where it lies
     again = fusedmoe.fused_experts(*arguments, backend="torch", **options)
     assert not torch.equal(again[second], base[second])
     assert relative_error(again, reference.fused_experts(*arguments, **options)) < TOLERANCE["float32"]
@@ -207,8 +212,9 @@ def test_the_module_takes_adapters():
     assert relative_error(out.flatten(0, 1), reference.fused_experts(*arguments, **options)) < TOLERANCE["float32"]
 
 
-def test_torch_compile_keeps_adapters():
-    arguments, options = Case.of((12, 2, 4, 64, 48), dtype="float32", ranks=(8, 3)).draw()
+@pytest.mark.parametrize("apart", [True, "tensors"])
+def test_torch_compile_keeps_adapters(apart):
+    arguments, options = Case.of((12, 2, 4, 64, 48), dtype="float32", ranks=(8, 3), apart=apart).draw()
     lora = options["lora"]
 
     @torch.compile(fullgraph=True, backend="eager")

@@ -71,8 +71,13 @@ class TritonExperts:
     """The methods of vLLM's that the plugin's class has in common with it, and what they were called with."""
 
     def __init__(self, config, **moe):
-        self.quant_config, self.moe_config = config, types.SimpleNamespace(is_lora_enabled=False, **moe)
+        self.quant_config = config
+        self.moe_config = types.SimpleNamespace(**{"in_dtype": torch.bfloat16, "activation": Activation.SILU} | moe)
         self.called = 0
+
+    @property
+    def expects_unquantized_inputs(self):
+        return False
 
     def workspace_shapes(self, M, N, K, topk, global_num_experts, local_num_experts, expert_tokens_meta, activation):
         return (M, topk, max(N // 2, K)), (M, topk, max(N, K)), (M, K)
@@ -284,6 +289,7 @@ def test_activations(stand_in, activation):
 
 
 def test_expert_map_and_router_weight_on_the_input(stand_in):
+    """By which vLLM's prepare step multiplies the rows."""
     config, w1, w2, matrices = layer_of("none")
     experts = plugin.experts_class(TritonExperts)(config)
     x = torch.randn(T, H, dtype=torch.bfloat16)
@@ -293,11 +299,137 @@ def test_expert_map_and_router_weight_on_the_input(stand_in):
         "expert_map": expert_map, "global_num_experts": 8, "topk_ids": ids, "topk_weights": torch.rand(T, 1),
         "apply_router_weight_on_input": True,
     }  # fmt: skip
-    _, output, *_ = call(experts, w1, w2, x, None, **changes)
+    _, output, *_ = call(experts, w1, w2, x * changes["topk_weights"].bfloat16(), None, **changes)
     want = fusedmoe.reference.fused_experts(
         x, *matrices, changes["topk_weights"], ids, expert_map=expert_map, apply_router_weight_on_input=True
     )
     assert relative_error(output, want) < 2.0**-6
+
+
+def adapters_of(slices=2, slots=3, rank=8):
+    """What the plugin reads of a MoELoRAContext, the ids of a batch, and the same adapters as this library has them."""
+    g = torch.Generator().manual_seed(5)
+
+    def draw(*sizes):
+        return (torch.randn(slots, E, *sizes, generator=g) * sizes[-1] ** -0.5).bfloat16()
+
+    a13, b13 = [draw(rank, H) for _ in range(slices)], [draw(2 * I // slices, rank) for _ in range(slices)]
+    a2, b2 = draw(rank, I), draw(H, rank)
+    ids = torch.randint(-1, slots, (T + 4,), generator=g).int()
+    enabled = torch.tensor([1, 0, 1, 1], dtype=torch.int32)
+    meta = types.SimpleNamespace(meta_args=lambda n, active: (ids[:n], None))
+    context = types.SimpleNamespace(
+        w13_lora_a_stacked=tuple(a13), w13_lora_b_stacked=tuple(b13), w2_lora_a_stacked=(a2,), w2_lora_b_stacked=(b2,),
+        adapter_enabled=enabled, fully_sharded=False, local_token_lora_mapping=None,
+        punica_wrapper=types.SimpleNamespace(token_mapping_meta=meta),
+    )  # fmt: skip
+    mask = enabled[:slots] != 0
+    return context, ids, fusedmoe.LoRA(torch.cat(a13, 2), torch.cat(b13, 2), a2, b2, adapter_enabled=mask)
+
+
+@pytest.mark.parametrize("slices", [1, 2])
+@pytest.mark.parametrize("base", [TritonExperts, TritonWNA16Experts])
+def test_adapters_of_vllm(stand_in, base, slices):
+    """One A for gate and up, or one each; a slot that is masked; what a slot holds later; tokens that travelled."""
+    config, w1, w2, matrices = layer_of("none")
+    x = torch.randn(T, H, dtype=torch.bfloat16)
+    experts = plugin.experts_class(base)(config)
+    experts._lora_context, ids, lora = adapters_of(slices)
+    for turn in range(3):
+        if turn == 1:
+            experts._lora_context.w13_lora_b_stacked[-1].mul_(-1)
+            lora.w13_b[:, :, -2 * I // slices :].mul_(-1)
+            experts._lora_context.adapter_enabled.fill_(1)
+            lora.adapter_enabled.fill_(1)
+        if turn == 2:
+            ids = ids.roll(3)
+            experts._lora_context.local_token_lora_mapping = ids[:T]
+        result, output, weights, chosen, shapes = call(experts, w1, w2, x, None)
+        assert result is None and experts.called == 0
+        assert shapes == ((0,), (0,), (T, H))
+        want, without = (
+            fusedmoe.reference.fused_experts(x, *matrices, weights, chosen, **given)
+            for given in ({"lora": lora, "adapter_ids": ids[:T]}, {})
+        )
+        assert relative_error(output, want) < 2.0**-6 < relative_error(without, want)
+    experts._lora_context = None
+    _, output, *_ = call(experts, w1, w2, x, None)
+    assert relative_error(output, without) < 2.0**-6
+
+
+@pytest.mark.parametrize("form", [form for form in FORMS if FORMS[form][1] is not None])
+def test_rows_of_a_quantised_layer_with_adapters_come_as_they_are(stand_in, form):
+    config, w1, w2, matrices = layer_of(form)
+    experts = plugin.experts_class(TritonExperts)(config)
+    assert not experts.expects_unquantized_inputs
+    experts._lora_context, ids, lora = adapters_of()
+    assert experts.expects_unquantized_inputs
+    x = torch.randn(T, H, generator=torch.Generator().manual_seed(2), dtype=torch.bfloat16)
+    result, output, weights, chosen, _ = call(experts, w1, w2, x, None)
+    assert result is None and not experts.called
+    want = fusedmoe.reference.fused_experts(x, *matrices, weights, chosen, lora=lora, adapter_ids=ids[:T])
+    assert relative_error(output, want) < 2.0**-6
+    experts._lora_context.fully_sharded = True
+    assert not experts.expects_unquantized_inputs
+    experts._lora_context, experts.moe_config.activation = adapters_of()[0], Activation.UNKNOWN
+    assert not experts.expects_unquantized_inputs
+
+
+class Layer:
+    """What vLLM's layers with adapters hold, and how they load one."""
+
+    def __init__(self, context):
+        for name in ("w13_lora_a_stacked", "w13_lora_b_stacked", "w2_lora_a_stacked", "w2_lora_b_stacked"):
+            setattr(self, name, getattr(context, name))
+
+    def set_lora(self, index, lora_a, lora_b):
+        for stacked, given in (
+            ((*self.w13_lora_a_stacked, *self.w2_lora_a_stacked), lora_a),
+            ((*self.w13_lora_b_stacked, *self.w2_lora_b_stacked), lora_b),
+        ):
+            for tensor, one in zip(stacked, given, strict=True):
+                tensor[index] = one
+
+
+def test_what_is_not_finite_stays_with_its_adapter(stand_in, monkeypatch):
+    """Layers that load it keep B finite; which the kernels are promised, unless there are no such layers."""
+    config, w1, w2, matrices = layer_of("none")
+    experts = plugin.experts_class(TritonExperts)(config)
+    experts._lora_context, ids, lora = adapters_of()
+    x = torch.randn(T, H, dtype=torch.bfloat16)
+    call(experts, w1, w2, x, None)
+    assert not experts._fusedmoe_adapters.finite
+    module = types.ModuleType(plugin._LAYERS)
+    module.FusedMoEWithLoRA = type("FusedMoEWithLoRA", (Layer,), {"set_lora": Layer.set_lora})
+    module.FusedMoE3DWithLoRA = type("FusedMoE3DWithLoRA", (module.FusedMoEWithLoRA,), {"set_lora": Layer.set_lora})
+    for name in ("vllm.lora", "vllm.lora.layers"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setitem(sys.modules, plugin._LAYERS, module)
+    plugin.register()
+    first = module.FusedMoEWithLoRA.set_lora
+    assert first is not Layer.set_lora and module.FusedMoE3DWithLoRA.set_lora is not first
+    plugin.register()
+    assert module.FusedMoEWithLoRA.set_lora is first
+    experts = plugin.experts_class(TritonExperts)(config)
+    context, ids, _ = adapters_of()
+    experts._lora_context = context
+    ids[:4] = torch.tensor([0, -1, 2, 0])
+    layer = module.FusedMoE3DWithLoRA(context)
+    a, b = ([t[0].clone() for t in (*w13, *w2)] for w13, w2 in (
+        (context.w13_lora_a_stacked, context.w2_lora_a_stacked), (context.w13_lora_b_stacked, context.w2_lora_b_stacked)
+    ))  # fmt: skip
+    b[1][2, 5, 3], b[2][4, 7, 0] = float("inf"), float("nan")
+    layer.set_lora(0, a, b)
+    assert torch.isnan(context.w13_lora_a_stacked[1][0, 2, 3]).all()
+    assert torch.isnan(context.w2_lora_a_stacked[0][0, 4, 0]).all()
+    assert sum(int(t[0].isnan().sum()) for t in (*context.w13_lora_a_stacked, *context.w2_lora_a_stacked)) == H + I
+    assert all(t.isfinite().all() for t in (*context.w13_lora_b_stacked, *context.w2_lora_b_stacked))
+    chosen = torch.full((T, K), 2, dtype=torch.int32)
+    _, output, weights, *_ = call(experts, w1, w2, x, None, topk_ids=chosen)
+    assert experts._fusedmoe_adapters.finite
+    want = fusedmoe.reference.fused_experts(x, *matrices, weights, chosen, lora=lora, adapter_ids=ids[:T])
+    own = ids[:T] == 0
+    assert output[own].isnan().all() and relative_error(output[~own], want[~own]) < 2.0**-6
 
 
 def test_the_rest_runs_in_vllms_own_class_with_its_workspaces(stand_in, caplog):
@@ -305,13 +437,20 @@ def test_the_rest_runs_in_vllms_own_class_with_its_workspaces(stand_in, caplog):
     config, w1, w2, _ = layer_of("none")
     x = torch.randn(T, H, dtype=torch.bfloat16)
     made = plugin.experts_class(TritonExperts)
-    lora, emulated, other = made(config), made(config), made(Config(weight_quant_dtype="nvfp4"))
-    lora.moe_config.is_lora_enabled = True
+    emulated, other = made(config), made(Config(weight_quant_dtype="nvfp4"))
+    sharded, wide, lopsided = ((made(config), adapters_of()[0]) for _ in range(3))
+    for experts, context in (sharded, wide, lopsided):
+        experts._lora_context = context
+    sharded[1].fully_sharded = True
+    wide[1].w2_lora_a_stacked = (wide[1].w2_lora_a_stacked[0].float(),)
+    lopsided[1].w13_lora_b_stacked = (lopsided[1].w13_lora_b_stacked[0], torch.zeros(3, E, I, 9).bfloat16()[..., :8])
     emulated.quantization_emulation = True
     limited = made(dataclasses.replace(config, gemm1_clamp_limit=3.0))
     with caplog.at_level(logging.INFO, "fusedmoe.vllm"):
         for experts, activation, reason in (
-            (lora, Activation.SILU, "adapters are vLLM's own"),
+            (sharded[0], Activation.SILU, "adapters are sharded along their ranks"),
+            (wide[0], Activation.SILU, "adapters in torch.float32 meet rows in torch.bfloat16"),
+            (lopsided[0], Activation.SILU, "adapters of gate and up are laid out differently"),
             (emulated, Activation.SILU, "quantisation is emulated"),
             (other, Activation.SILU, "weights of nvfp4 with rows of None"),
             (made(config), Activation.UNKNOWN, "activation swigluoai_uninterleave"),
@@ -363,7 +502,7 @@ def test_configurations_of_the_installed_vllm(form):
 
 @installed
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("scheme", ["none", "int8_w8a16", "int4_w4a16"])
+@pytest.mark.parametrize("scheme", ["none", "weight on input", "int8_w8a16", "int4_w4a16"])
 def test_in_vllms_own_modular_kernel(scheme, bias, monkeypatch):
     """Its prepare and finalize steps and workspaces; rows that are quantised need operators that a CPU has not."""
     from vllm.config import DeviceConfig, VllmConfig, set_current_vllm_config
@@ -377,9 +516,10 @@ def test_in_vllms_own_modular_kernel(scheme, bias, monkeypatch):
     cpu = torch.device("cpu")
     if not workspace.is_workspace_manager_initialized():
         workspace.init_workspace_manager(cpu)
-    layer = benchmark.draw_layer(
-        benchmark.shape_of("6,3,256,128"), dtype=torch.bfloat16, device=cpu, scheme=scheme, bias=bias
-    )
+    on_input = scheme == "weight on input"
+    shape, scheme = ("6,1,256,128", "none") if on_input else ("6,3,256,128", scheme)
+    layer = benchmark.draw_layer(benchmark.shape_of(shape), dtype=torch.bfloat16, device=cpu, scheme=scheme, bias=bias)
+    layer.options["apply_router_weight_on_input"] = on_input
     with torch.no_grad(), set_current_vllm_config(VllmConfig(device_config=DeviceConfig(device="cpu"))):
         for tokens in (1, 9):
             assert benchmark.measured(layer, tokens, eager=False)["fusedmoe_ok"]

@@ -117,6 +117,17 @@ def _strides(matrix: torch.Tensor) -> tuple[torch.Tensor, int, int, int, int]:
     return matrix, slot, expert if matrix.shape[1] > 1 else 0, row, column
 
 
+def _rows_of_b(call: Call) -> tuple[int, int]:
+    """Stride of rows of w13's B, and its ``part``, as :func:`fusedmoe.kernels.lora.row_of_b` reads them."""
+    held = call.lora
+    assert held is not None, "a plan that shrinks has adapters"
+    stride = held.w13_b.stride(2)
+    if not held.distances:
+        return (2 * stride, stride) if _parts(call) == "alternate" else (stride, 0)
+    between = held.distances[1] // held.w13_b.element_size()
+    return stride, between - (0 if _parts(call) == "alternate" else call.problem.intermediate * stride)
+
+
 def shrink(
     call: Call,
     how: TritonPlan,
@@ -133,11 +144,14 @@ def shrink(
     assert how.shrink is not None and call.lora is not None, "a plan that shrinks has adapters"
     config, problem = how.shrink.gate_up if of_tokens else how.shrink.down, call.problem
     a = call.lora.w13_a if of_tokens else call.lora.w2_a
-    _, _, columns, k = a.shape
+    k = a.shape[3]
+    columns = call.lora.max_rank * (call.lora.parts if of_tokens else 1)
+    apart = of_tokens and call.lora.distances
+    part = call.lora.distances[0] // a.element_size() if apart else call.lora.max_rank * a.stride(2)
     each, n = tl.constexpr(columns), call.lora.slots * columns
     held = call.lora
     sizes = tl.constexpr(problem.experts), each, tl.constexpr(held.max_rank)
-    w = Shrink(*_strides(a), *sizes, held.scaling, held.rank, tl.constexpr(1))
+    w = Shrink(*_strides(a), part, *sizes, held.scaling, held.rank, tl.constexpr(1))
     out = work["shrunk"]
     plain = Output(out, out.stride(0), tl.constexpr(True))
     specialised = (how.gate_up if of_tokens else how.down).specialised  # and adds by steps
@@ -171,7 +185,7 @@ def shrink(
                 k,
                 **shared,
                 MATRIX=lora.matrix_of,
-                START=lora.of_matrix,
+                PLACE=lora.of_matrix,
                 EPILOGUE=lora.scale_one,
                 TURNS=1,
                 J=1,
@@ -220,12 +234,14 @@ def shrink(
 def steps(call: Call, work: Workspace, *, of_tokens: bool) -> Steps:
     """B v as more steps of a sum."""
     assert call.lora is not None, "a plan that shrinks has adapters"
-    b, columns = (call.lora.w13_b, call.lora.w13_a.shape[2]) if of_tokens else (call.lora.w2_b, call.lora.max_rank)
-    v, (b, stride_a, stride_e, stride_n, _) = work["shrunk"], _strides(b)
+    held = call.lora
+    v, (b, stride_a, stride_e, stride_n, _) = work["shrunk"], _strides(held.w13_b if of_tokens else held.w2_b)
+    columns = held.max_rank * (held.parts if of_tokens else 1)
+    stride_n, part = _rows_of_b(call) if of_tokens else (stride_n, 0)
     parts = _parts(call) if of_tokens else "one"
     constants = map(tl.constexpr, (columns, call.lora.max_rank, parts))
     told = work["found"], work["blocks"], call.lora.slots
-    return Steps(v, v.stride(0), *told, b, stride_a, stride_e, stride_n, *constants)
+    return Steps(v, v.stride(0), *told, b, stride_a, stride_e, stride_n, part, *constants)
 
 
 def _parts(call: Call) -> str:
@@ -246,7 +262,10 @@ def expanded(call: Call, how: TritonPlan, e: Epilogue, work: Workspace, *, of_to
     how_many = expand_block(config, gemm), gemm.steps > 0, expand_stages(config)
     constants = (parts, held.max_rank, *how_many, problem.fp32_precision)
     base = e._replace(top_k=tl.constexpr(problem.top_k))
-    product = (v, v.stride(0), *_strides(b), problem.intermediate, *map(tl.constexpr, constants))
+    b, stride_a, stride_e, stride_n, stride_r = _strides(b)
+    stride_n, part = _rows_of_b(call) if of_tokens else (stride_n, 0)
+    strides = stride_a, stride_e, stride_n, stride_r, part
+    product = (v, v.stride(0), b, *strides, problem.intermediate, *map(tl.constexpr, constants))
     adapted = AdaptedEpilogue._make((*base, *_chosen(call), *product))
     if how.single:
         return adapted, lora.expand_one_weigh_then_bias if of_tokens else lora.expand_one_bias_then_weigh

@@ -44,7 +44,7 @@ def multiply(product: Product, ids: Ids, groups: int, turns: int, options: dict[
             **{name: product.stored[name] for name in ("STORE", "ARRANGE", "ENCODE", "LARGEST", "OUT_GROUP")},
             **{name: matrix.policies[name] for name in ("ELEMENT", "SHIFT", "PER_ITEM", "FINISH")},
             MATRIX=local_expert,
-            START=of_expert,
+            PLACE=of_expert,
             TURNS=turns,
             J=triton.next_power_of_2(turns),
             GROUP=0 if gemm.inputs is None else gemm.inputs.group,

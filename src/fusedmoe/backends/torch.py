@@ -173,7 +173,8 @@ def _deltas(call: Call, schedule: _Schedule, x: Tensor, *, of_tokens: bool) -> _
     lora, ids = call.lora, call.adapter_ids
     if lora is None or ids is None:
         return None
-    a, b = (lora.w13_a, lora.w13_b) if of_tokens else (lora.w2_a, lora.w2_b)
+    interleaved = call.problem.gate_up == "interleaved"
+    a, b = lora.w13(interleaved=interleaved) if of_tokens else (lora.w2_a, lora.w2_b)
     token = schedule.slot // call.problem.top_k
     held = lora.rank if lora.adapter_enabled is None else lora.rank * (lora.adapter_enabled != 0)
     adapter = _within(ids.long(), lora.slots)[token]

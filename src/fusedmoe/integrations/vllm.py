@@ -6,8 +6,10 @@ A plugin of vLLM (entry point ``vllm.general_plugins``), which does nothing unle
 
 ``TritonExperts`` and ``TritonWNA16Experts`` are then subclasses of themselves, whose ``apply`` is
 :func:`fusedmoe.fused_experts`: wherever vLLM chooses them, by itself or because it was told to, the experts run here.
-What they cannot take (LoRA of vLLM's own, emulated quantisation, a form of scales that they do not know) runs in vLLM's
-class as before, with its own workspaces; the reason is logged once.
+vLLM's LoRA runs here too, on the tensors of its slots; rows of a quantised layer with adapters are quantised here, as
+adapters multiply them as they are. What they cannot take (adapters that are sharded along their ranks, emulated
+quantisation, a form of scales that they do not know) runs in vLLM's class as before, with its own workspaces; the
+reason is logged once.
 """
 
 from __future__ import annotations
@@ -15,13 +17,16 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
+import sys
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fusedmoe.errors import FusedMoEError
 from fusedmoe.expert_matrix import ExpertMatrix
 from fusedmoe.functional import fused_experts
+from fusedmoe.lora import MAX_RANK, MAX_SLOTS, LoRA
 from fusedmoe.settings import settings
 from fusedmoe.spec.activation import TABLE, Activation
 from fusedmoe.target import installed
@@ -30,6 +35,8 @@ from fusedmoe.target import installed
 FIRST, LAST = (0, 22, 1), (0, 33)
 NAMES = ("TritonExperts", "TritonWNA16Experts")
 _MODULE = "vllm.model_executor.layers.fused_moe.experts.triton_moe"
+#: Layers that hold adapters.
+_LAYERS = "vllm.lora.layers.fused_moe"
 #: Whose gate and up rows alternate in vLLM.
 _INTERLEAVED = "swigluoai"
 
@@ -65,7 +72,47 @@ def register() -> None:
         for place in (module, package):
             if getattr(place, name, None) is base:
                 setattr(place, name, ours)
+    isolate_adapters()
     _log.info("FUSEDMOE_VLLM: %s of vLLM %s run on fusedmoe.", " and ".join(NAMES), version)
+
+
+def isolate_adapters() -> None:
+    """Have vLLM's layers put what is not finite in B of an adapter into its A, whenever they load one.
+
+    In A a NaN reaches rows of this adapter alone; in B it would reach others' on the kernels of Hopper, which therefore
+    want B finite (:class:`fusedmoe.LoRA`). A second call changes nothing.
+    """
+    try:
+        module = importlib.import_module(_LAYERS)
+    except ImportError as cause:
+        _log.info("FUSEDMOE_VLLM: got %s. Adapters run on the kernels that need no promise.", cause)
+        return
+    for layer in vars(module).values():
+        own = vars(layer).get("set_lora") if isinstance(layer, type) else None
+        if own is not None and not hasattr(own, "isolates"):
+            layer.set_lora = isolating(own)
+
+
+def isolating(set_lora: Any) -> Any:
+    """A layer's ``set_lora`` that leaves every number of B finite."""
+
+    @functools.wraps(set_lora)
+    def wrapper(self: Any, index: int, *args: Any, **kwargs: Any) -> None:
+        set_lora(self, index, *args, **kwargs)
+        pairs = (self.w13_lora_a_stacked, self.w13_lora_b_stacked), (self.w2_lora_a_stacked, self.w2_lora_b_stacked)
+        for a, b in (pair for both in pairs for pair in zip(*both, strict=True)):
+            if a.shape[2] == b.shape[3]:  # otherwise sharded along the rank, and run by vLLM
+                wrong = ~torch.isfinite(b[index])
+                a[index].masked_fill_(wrong.any(1).unsqueeze(2), float("nan"))
+                b[index].masked_fill_(wrong, 0.0)
+
+    wrapper.isolates = True  # type: ignore[attr-defined]
+    return wrapper
+
+
+def _layers_isolate() -> bool:
+    layer = getattr(sys.modules.get(_LAYERS), "FusedMoEWithLoRA", None)
+    return hasattr(getattr(layer, "set_lora", None), "isolates")
 
 
 def experts_class(base: Any) -> Any:
@@ -74,10 +121,17 @@ def experts_class(base: Any) -> Any:
     class Experts(base):  # type: ignore[misc]
         runs_fusedmoe = True
 
+        @property
+        def expects_unquantized_inputs(self) -> bool:
+            """Whether rows come as they are, to be quantised here: adapters multiply them as they are."""
+            if getattr(self, "_lora_context", None) is None or self.quant_config.quant_dtype is None:
+                return bool(super().expects_unquantized_inputs)
+            return not self._fusedmoe_why_not(self.moe_config.activation)
+
         def workspace_shapes(self, M: int, N: int, K: int, *args: Any, **kwargs: Any) -> Any:
             """None but the output: a call allocates what it needs, in the graph's pool when it is captured."""
             activation = kwargs["activation"] if "activation" in kwargs else args[-1]
-            if why_not(self, activation):
+            if self._fusedmoe_why_not(activation):
                 return super().workspace_shapes(M, N, K, *args, **kwargs)
             return (0,), (0,), (M, K)
 
@@ -99,7 +153,7 @@ def experts_class(base: Any) -> Any:
             expert_tokens_meta: Any,
             apply_router_weight_on_input: bool,
         ) -> Any:
-            if reason := why_not(self, activation):
+            if reason := self._fusedmoe_why_not(activation):
                 _say(type(self).__mro__[1].__name__, reason)
                 return super().apply(
                     output=output,
@@ -119,6 +173,11 @@ def experts_class(base: Any) -> Any:
                     apply_router_weight_on_input=apply_router_weight_on_input,
                 )
             w13, down = self._fusedmoe_matrices(w1, w2, gated=_of(self, activation).gated)
+            if apply_router_weight_on_input:  # the prepare step did it
+                topk_weights = torch.ones_like(topk_weights)
+            lora = adapter_ids = None
+            if (context := getattr(self, "_lora_context", None)) is not None:
+                lora, adapter_ids = self._fusedmoe_lora(context), _adapter_ids(context, hidden_states.shape[0])
             fused_experts(
                 hidden_states,
                 w13,
@@ -131,12 +190,17 @@ def experts_class(base: Any) -> Any:
                 gate_up_layout="interleaved" if activation.value == _INTERLEAVED else "concatenated",
                 w13_bias=self.quant_config.w1_bias,
                 w2_bias=self.quant_config.w2_bias,
-                apply_router_weight_on_input=apply_router_weight_on_input,
                 expert_map=expert_map,
                 batch_invariant=_batch_invariant(),
+                lora=lora,
+                adapter_ids=adapter_ids,
                 out=output,
             )
             return None
+
+        def _fusedmoe_why_not(self, activation: Any) -> str | None:
+            context = getattr(self, "_lora_context", None)
+            return why_not(self, activation) or why_no_adapters(context, self.moe_config.in_dtype)
 
         def _fusedmoe_matrices(self, w1: Tensor, w2: Tensor, *, gated: bool) -> tuple[Any, Any]:
             """Both matrices; made anew when a tensor is another one, for vLLM may move or reload weights."""
@@ -148,6 +212,25 @@ def experts_class(base: Any) -> Any:
                 self._fusedmoe_key = key
             return self._fusedmoe_made
 
+        def _fusedmoe_lora(self, context: Any) -> LoRA:
+            """VLLM's slots, where they lie; made anew when a tensor is another one."""
+            tensors = [*_slots(context), context.adapter_enabled]
+            key = tuple((t.data_ptr(), t.shape, t.stride(), t.dtype) for t in tensors)
+            if getattr(self, "_fusedmoe_slots", None) != key:
+                (a, *up_a), (b, *up_b) = context.w13_lora_a_stacked, context.w13_lora_b_stacked
+                self._fusedmoe_adapters = LoRA(
+                    a,
+                    b,
+                    context.w2_lora_a_stacked[0],
+                    context.w2_lora_b_stacked[0],
+                    adapter_enabled=context.adapter_enabled[: a.shape[0]],  # has one more: of tokens without
+                    up_a=up_a[0] if up_a else None,
+                    up_b=up_b[0] if up_b else None,
+                    finite=_layers_isolate(),
+                )
+                self._fusedmoe_slots = key
+            return self._fusedmoe_adapters
+
     Experts.__name__ = Experts.__qualname__ = base.__name__
     Experts.__doc__ = base.__doc__
     return Experts
@@ -156,8 +239,6 @@ def experts_class(base: Any) -> Any:
 def why_not(experts: Any, activation: Any) -> str | None:
     """Why vLLM's own class runs this; None where it runs here. The same for every call of a layer."""
     config = experts.quant_config
-    if getattr(experts.moe_config, "is_lora_enabled", False) or getattr(experts, "_lora_context", None) is not None:
-        return "adapters are vLLM's own"
     if getattr(experts, "quantization_emulation", False):
         return "quantisation is emulated"
     if activation.value not in TABLE or activation.value == "situ":
@@ -167,6 +248,42 @@ def why_not(experts: Any, activation: Any) -> str | None:
     if kind_of(config) is None:
         return f"weights of {config.weight_quant_dtype} with rows of {config.quant_dtype} are unknown here"
     return None
+
+
+def why_no_adapters(context: Any, dtype: torch.dtype) -> str | None:
+    """Why vLLM's own class runs a layer of ``dtype`` with this ``MoELoRAContext``, or without (None); None where it
+    runs here. The same for every call of a layer.
+    """
+    if context is None:
+        return None
+    tensors = _slots(context)
+    if context.fully_sharded:
+        return "adapters are sharded along their ranks"
+    if _batch_invariant():
+        return "adapters have no batch-invariant form here"
+    other = next((t.dtype for t in tensors if t.dtype != dtype), None)
+    if other is not None:
+        return f"adapters in {other} meet rows in {dtype}"
+    if tensors[0].shape[0] > MAX_SLOTS or tensors[0].shape[2] > MAX_RANK:
+        return f"there are more than {MAX_SLOTS} adapters, or their rank is above {MAX_RANK}"
+    for pair in (context.w13_lora_a_stacked, context.w13_lora_b_stacked):
+        if len({(t.shape, t.stride()) for t in pair}) > 1:
+            return "adapters of gate and up are laid out differently"
+    return None
+
+
+def _slots(context: Any) -> list[Tensor]:
+    """All tensors of adapters."""
+    c = context
+    pairs = c.w13_lora_a_stacked, c.w13_lora_b_stacked, c.w2_lora_a_stacked, c.w2_lora_b_stacked
+    return [tensor for pair in pairs for tensor in pair]
+
+
+def _adapter_ids(context: Any, n_tokens: int) -> Tensor:
+    """Slot of each token's adapter, -1 for none: those that travelled with the tokens, or the batch's."""
+    local = getattr(context, "local_token_lora_mapping", None)
+    found: Tensor = context.punica_wrapper.token_mapping_meta.meta_args(n_tokens, False)[0] if local is None else local
+    return found[:n_tokens]
 
 
 def kind_of(config: Any) -> tuple[str, dict[str, Any]] | None:

@@ -33,13 +33,12 @@ def _rows(x, row, live, k, K: tl.constexpr):
 
 @triton.jit
 def _weights(
-    w, expert, n, k0, inside, START: tl.constexpr, MASKED: tl.constexpr, RAGGED: tl.constexpr, K: tl.constexpr,
+    w, expert, n, k0, inside, PLACE: tl.constexpr, MASKED: tl.constexpr, RAGGED: tl.constexpr, K: tl.constexpr,
     BLOCK_K: tl.constexpr, PER_ITEM: tl.constexpr,
 ):  # fmt: skip
     """[J, BLOCK_N, BLOCK_K / PER_ITEM] of the rows n, and nothing where there is no expert."""
     k = k0 // PER_ITEM + tl.arange(0, BLOCK_K // PER_ITEM)
-    base = w.ptr + START(w, expert)[:, None, None]
-    base = base + n.to(tl.int64)[None, :, None] * w.stride_n * w.unit
+    base = w.ptr + PLACE(w, expert[:, None, None], n[None, :, None])
     mask = (expert >= 0)[:, None, None]
     if MASKED:
         mask = mask & (k < K // PER_ITEM)[None, None, :]
@@ -51,9 +50,9 @@ def _weights(
 
 
 @triton.jit
-def of_expert(w, expert):
-    """START: where the matrix of an expert starts."""
-    return expert.to(tl.int64) * w.stride_e * w.unit
+def of_expert(w, expert, n):
+    """PLACE of a row of an expert."""
+    return expert.to(tl.int64) * w.stride_e * w.unit + n.to(tl.int64) * w.stride_n * w.unit
 
 
 @triton.jit
@@ -87,7 +86,7 @@ def _added(
 def grouped_gemv(
     ids, x, w, out, e, p,  # Ids, Rows, Weight, Output, Epilogue, Parameters
     k_end,  # K at run time, as grouped_gemm's
-    WAIT: tl.constexpr, RELEASE: tl.constexpr, MATRIX: tl.constexpr, START: tl.constexpr,
+    WAIT: tl.constexpr, RELEASE: tl.constexpr, MATRIX: tl.constexpr, PLACE: tl.constexpr,
     TURNS: tl.constexpr, J: tl.constexpr,
     ELEMENT: tl.constexpr, SHIFT: tl.constexpr, PER_ITEM: tl.constexpr, GROUP: tl.constexpr,
     FINISH: tl.constexpr, EPILOGUE: tl.constexpr, ACTIVATION: tl.constexpr, GATE_UP: tl.constexpr,
@@ -112,9 +111,9 @@ def grouped_gemv(
     slot = group * TURNS + turn
 
     expert = MATRIX(ids, slot, turn < TURNS)
-    b = _weights(w, expert, n, 0, inside, START, MASKED, RAGGED, K, BLOCK_K, PER_ITEM)
+    b = _weights(w, expert, n, 0, inside, PLACE, MASKED, RAGGED, K, BLOCK_K, PER_ITEM)
     if GATE_UP is not None:
-        b_up = _weights(w, expert, up, 0, inside, START, MASKED, RAGGED, K, BLOCK_K, PER_ITEM)
+        b_up = _weights(w, expert, up, 0, inside, PLACE, MASKED, RAGGED, K, BLOCK_K, PER_ITEM)
     WAIT()
     RELEASE()
     live, at = expert >= 0, tl.maximum(expert, 0)
@@ -134,9 +133,9 @@ def grouped_gemv(
         )  # fmt: skip
     if BLOCK_K < K:
         for k0 in tl.range(BLOCK_K, k_end, BLOCK_K, num_stages=1):
-            b = _weights(w, expert, n, k0, inside, START, MASKED, RAGGED, K, BLOCK_K, PER_ITEM)
+            b = _weights(w, expert, n, k0, inside, PLACE, MASKED, RAGGED, K, BLOCK_K, PER_ITEM)
             if GATE_UP is not None:
-                b_up = _weights(w, expert, up, k0, inside, START, MASKED, RAGGED, K, BLOCK_K, PER_ITEM)
+                b_up = _weights(w, expert, up, k0, inside, PLACE, MASKED, RAGGED, K, BLOCK_K, PER_ITEM)
             a = _rows(x, row, live, k0 + k, K)
             acc = _added(
                 acc, b, a, x, w, at, live, scale_row, n, n0, inside, k0, 0,

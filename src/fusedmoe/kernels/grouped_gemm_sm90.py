@@ -34,6 +34,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from fusedmoe.kernels.epilogue import weight_of
+from fusedmoe.kernels.lora import row_of_b
 from fusedmoe.kernels.scales import none, of_rows, of_whole_rows, of_words, row_of
 from fusedmoe.kernels.step import add_scaled
 from fusedmoe.kernels.store import write
@@ -156,13 +157,14 @@ def _copy_shrunk(schedule, a, row0, end, c, own, buffer, LAYOUT: gl.constexpr):
 def _copy_b(a, expert, n0, c, own, there, part, buffer, limit, LAYOUT: gl.constexpr):
     """B of 64 rows of weights."""
     n = n0 + gl.arange(0, BLOCK_M // 2, gl.SliceLayout(1, LAYOUT))
-    base = gl.multiple_of(own.to(gl.int64) * a.stride_a + expert.to(gl.int64) * a.stride_e, [8]) + c % a.max_rank
+    base = own.to(gl.int64) * a.stride_a + expert.to(gl.int64) * a.stride_e + c % a.max_rank
     mask = there[None, :] & (n < limit)[:, None]
     if a.parts == "halves":
         mask = mask & (c // a.max_rank % 2 == part)[None, :]
     elif a.parts == "alternate":
         mask = mask & ((c // a.max_rank % 2)[None, :] == (n % 2)[:, None])
-    load_rows(buffer, a.ptr + base[None, :] + gl.multiple_of(n.to(gl.int64) * a.stride_n, [8])[:, None], mask=mask)
+    at = gl.multiple_of(base[None, :] + row_of_b(a, n, part)[:, None], [1, 8])
+    load_rows(buffer, a.ptr + at, mask=mask)
 
 
 @gluon.jit

@@ -142,8 +142,7 @@ def load_a(
     n = n0 + tl.arange(0, BLOCK_N)
     k = k0 + tl.arange(0, BLOCK_K)
     at = tl.maximum(matrix, 0)
-    base = (at // w.experts).to(tl.int64) * w.stride_a + (at % w.experts).to(tl.int64) * w.stride_e
-    base += (n % w.columns).to(tl.int64) * w.stride_n
+    base = of_matrix(w, at, n)
     mask = (matrix >= 0)[None, :]
     if MASKED:
         mask = mask & (k < limit)[:, None]
@@ -168,9 +167,12 @@ def matrix_of(ids, slot, mask):
 
 
 @triton.jit
-def of_matrix(w, matrix):
-    """START of A."""
-    return (matrix // w.experts).to(tl.int64) * w.stride_a + (matrix % w.experts).to(tl.int64) * w.stride_e
+def of_matrix(w, matrix, n):
+    """PLACE of column n of A x, whose columns are those of one matrix or of all of them side by side."""
+    start = (matrix // w.experts).to(tl.int64) * w.stride_a + (matrix % w.experts).to(tl.int64) * w.stride_e
+    # Not the remainder of a remainder: Triton 3.6 takes that for a multiple of its divisor, and loads 16 bytes at once.
+    start += (n % w.columns // w.max_rank).to(tl.int64) * w.part
+    return start + (n % w.max_rank).to(tl.int64) * w.stride_n
 
 
 @triton.jit
@@ -194,6 +196,19 @@ def write_own(value, out, dest, live, column, COLUMNS: tl.constexpr):
 
 
 @triton.jit
+def row_of_b(b, n, part):
+    """Place of rows n of B, all of them of ``part``. Gate and up may have tensors of their own, which are as far from
+    each other as ``b.part`` says: beside what lies between their rows in one tensor, or where these alternate at all.
+    """
+    if b.parts == "alternate":
+        return (n // 2).to(tl.int64) * b.stride_n + (n % 2).to(tl.int64) * b.part
+    elif b.parts == "halves":
+        return n.to(tl.int64) * b.stride_n + part * b.part
+    else:
+        return n.to(tl.int64) * b.stride_n
+
+
+@triton.jit
 def _add_product(delta, b, own, r, used, mine, e_offset, slot, col, inside, part):
     """Add columns r of part ``part`` of v, of the rows that are theirs, times those of B of adapters ``own``."""
     there = own >= -1
@@ -206,7 +221,7 @@ def _add_product(delta, b, own, r, used, mine, e_offset, slot, col, inside, part
         there = r < b.max_rank
         mine = mine & there[None, :]
     start += r.to(tl.int64) * b.stride_r
-    w_address = b.ptr + e_offset + col.to(tl.int64)[None, :] * b.stride_n + start[:, None]
+    w_address = b.ptr + e_offset + row_of_b(b, col, part)[None, :] + start[:, None]
     v = tl.load(address, mask=mine, other=0.0)
     w = tl.load(w_address, mask=inside[None, :] & there[:, None], other=0.0)
     if not b.steps:  # a mask by the rank would make loads narrow; what lies beyond it may be NaN, on either side
@@ -280,7 +295,7 @@ def expand_one(acc, b, expert, slot, live, col, inside):
     v_row = b.v + tl.max(slot, 0).to(tl.int64) * b.v_stride + part * b.max_rank
     v = tl.load(v_row + r, mask=used, other=0.0).to(tl.float32)
     base = b.ptr + at.to(tl.int64) * b.stride_a + expert.to(tl.int64) * b.stride_e
-    address = base + col.to(tl.int64)[:, None] * b.stride_n + r.to(tl.int64)[None, :] * b.stride_r
+    address = base + row_of_b(b, col, part)[:, None] + r.to(tl.int64)[None, :] * b.stride_r
     w = tl.load(address, mask=inside[:, None] & used[None, :], other=0.0).to(tl.float32)
     return acc + tl.where(adapter >= 0, tl.sum(w * v[None, :], 1)[None, :], -0.0)
 

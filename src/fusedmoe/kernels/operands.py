@@ -61,7 +61,7 @@ class AdaptedIds(NamedTuple):
     stride: object
     slots: object
     rank: object  #      [slots] int32, 0 in an empty slot
-    enabled: object  #   [slots] uint8, or None
+    enabled: object  #   [slots] of integers, or None
     experts: object  #   constexpr E, as what follows
     max_rank: object  #  R
     columns: object  #   R, or 2 R of gate and up: those of A x of an adapter
@@ -99,6 +99,7 @@ class Shrink(NamedTuple):
     stride_e: object
     stride_n: object
     stride_k: object
+    part: object  #      from gate's A to up's
     experts: object  #   constexpr E
     columns: object  #   constexpr, as of AdaptedIds
     max_rank: object  #  R
@@ -223,6 +224,7 @@ class AdaptedEpilogue(NamedTuple):
     stride_e: object  #  0 where experts share it
     stride_n: object
     stride_r: object
+    part: object  #      what is added to the place of an up row, see :func:`fusedmoe.kernels.lora.row_of_b`
     up: object  #        first up row of a concatenated w13
     parts: object  #     constexpr: "one" A, or those of gate and up, whose rows of B are "halves" or "alternate"
     max_rank: object  #  constexpr R, as what follows
@@ -244,6 +246,7 @@ class Steps(NamedTuple):
     stride_a: object
     stride_e: object  #  0 where experts share it
     stride_n: object
+    part: object  #      as of AdaptedEpilogue
     columns: object  #   constexpr, as of AdaptedIds
     max_rank: object  #  constexpr R
     parts: object  #     constexpr, as of AdaptedEpilogue

@@ -105,9 +105,8 @@ def fused_experts(
         h = x[token[row]] @ _matrix(w13, e, weight_layout, dtype).T
         if lora is not None and adapter_ids is not None:
             second = _up_rows(h.shape[1], gate_up_layout) if lora.parts == 2 else None
-            h = h + _delta(
-                hidden_states[token[row]], adapter_ids[token[row]], lora, (lora.w13_a, lora.w13_b), e, second, dtype
-            )
+            pair = lora.w13(interleaved=gate_up_layout == "interleaved")
+            h = h + _delta(hidden_states[token[row]], adapter_ids[token[row]], lora, pair, e, second, dtype)
         if apply_router_weight_on_input:
             h = weight[row] * h
         if w13_bias is not None:

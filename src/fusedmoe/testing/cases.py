@@ -205,7 +205,7 @@ class Case:
         ranks: of the adapters, whose slots are made for 3 more than the largest; 0: a slot that is full of NaN. Half of
             the tokens have none of them, or name a slot that is not there.
         finite: slots are made for the next multiple of 8 from the largest rank on, and have 7 in the place of NaN.
-        apart: gate and up have an A each.
+        apart: gate and up have an A each; "tensors": tensors of their own, where there is a gate.
         shared: experts share A of w13 and B of w2.
     """
 
@@ -231,7 +231,7 @@ class Case:
     emulate: bool = False
     ranks: tuple[int, ...] = ()
     finite: bool = False
-    apart: bool = True
+    apart: bool | str = True
     shared: bool = False
 
     @classmethod
@@ -324,7 +324,14 @@ class Case:
             tensors.append(_poisoned(values.to(getattr(torch, self.dtype)), self.pad))
         held = torch.tensor(self.ranks, dtype=torch.int32, device=g.device)
         scaling = torch.rand(slots, generator=g, device=g.device) + 0.5
-        lora = LoRA(*tensors, rank=held, scaling=scaling, finite=self.finite)
+        up = {}
+        if parts == 2 and self.apart == "tensors":
+            ups = slice(1, None, 2) if self.gate_up_layout == "interleaved" else slice(self.intermediate, None)
+            gates = slice(0, None, 2) if self.gate_up_layout == "interleaved" else slice(0, self.intermediate)
+            a, b = tensors[:2]
+            up = {"up_a": _poisoned(a[:, :, largest:], self.pad), "up_b": _poisoned(b[:, :, ups], self.pad)}
+            tensors[:2] = _poisoned(a[:, :, :largest], self.pad), _poisoned(b[:, :, gates], self.pad)
+        lora = LoRA(*tensors, rank=held, scaling=scaling, finite=self.finite, **up)
         ids = torch.randint(slots, (self.tokens,), generator=g, device=g.device)
         none = torch.tensor([-1, -9, slots, 2**31 - 1], device=g.device)
         others = none[torch.randint(4, (self.tokens,), generator=g, device=g.device)]
