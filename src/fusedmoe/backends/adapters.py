@@ -259,7 +259,7 @@ def expanded(call: Call, how: TritonPlan, e: Epilogue, work: Workspace, *, of_to
     b, v = held.w13_b if of_tokens else held.w2_b, work["shrunk"]
     config, gemm = (how.gate_up, problem.gate_up_gemm) if of_tokens else (how.down, problem.down_gemm)
     parts = _parts(call) if of_tokens else "one"
-    how_many = expand_block(config, gemm), gemm.steps > 0, expand_stages(config)
+    how_many = expand_block(config, gemm), gemm.steps > 0, expand_stages(config, gemm)
     constants = (parts, held.max_rank, *how_many, problem.fp32_precision)
     base = e._replace(top_k=tl.constexpr(problem.top_k))
     b, stride_a, stride_e, stride_n, stride_r = _strides(b)

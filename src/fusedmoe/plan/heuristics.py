@@ -221,7 +221,7 @@ def adapted(config: KernelConfig, problem: Problem, gemm: Gemm, target: Target) 
         return config
     config = replace(config, programs_per_sm=0, flatten=False)
     hopper = target.vendor == "nvidia" and target.capability == 90
-    if gemm.steps and hopper:
+    if gemm.steps and hopper and gemm.format is None:
         return config  # adds to the sums that are there, from shared memory
     halves = 2 if gemm.width == 2 and problem.gate_up == "concatenated" else 1  # added one after the other
     # WGMMA has both operands in shared memory, but for weights that are decoded in registers.

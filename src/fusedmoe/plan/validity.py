@@ -32,17 +32,19 @@ def expand_block(config: KernelConfig, gemm: Gemm) -> int:
     if config.block_m == 1:
         return max(16, 1 << (gemm.rank - 1).bit_length())
     if gemm.steps:
-        most = 32 if _full(config, gemm) or config.block_m == 16 else 64
+        most = 64
+        if config.block_m == 16 or _full(config, gemm):
+            most = 32 if gemm.format is None else 16  # scales lie beside the sums
         return min(most, max(16, config.block_k), max(16, 1 << (gemm.steps - 1).bit_length()))
     return 16 if gemm.rank <= 16 or _full(config, gemm) else 32
 
 
-def expand_stages(config: KernelConfig) -> int:
+def expand_stages(config: KernelConfig, gemm: Gemm) -> int:
     """Products with B that an epilogue loads ahead, and the one that it makes.
 
     A tile of few rows has few adapters, and the registers of a longer loop would cost it a program beside it.
     """
-    return 1 if config.block_m == 16 else 3
+    return 1 if config.block_m == 16 else 2 if gemm.format is not None and _full(config, gemm) else 3
 
 
 def _full(config: KernelConfig, gemm: Gemm) -> bool:
@@ -62,7 +64,7 @@ def shared_bytes(config: KernelConfig, gemm: Gemm, target: Target) -> int:
     math = multiply_in(gemm, target)
     epilogue = config.block_m * wide(config, gemm) * 4
     if gemm.rank:  # both operands of a product with B
-        pieces = expand_block(config, gemm) * expand_stages(config)
+        pieces = expand_block(config, gemm) * expand_stages(config, gemm)
         epilogue += (config.block_m + wide(config, gemm)) * pieces * bytes_of(gemm.dtype)
     buffers = step_bytes(config, gemm, target) * max(1, config.stages)
     if gemm.format is not None and math != gemm.format.element:
@@ -241,7 +243,7 @@ def why_not_specialised(config: KernelConfig, gemm: Gemm, target: Target) -> lis
         reasons.append("sums groups of e4m3 alone")
     if config.block_m != 128 or wide(config, gemm) != 256 or config.warps not in ((4,) if decoded else (4, 8)):
         reasons.append("a tile multiplies 128 rows by 256 of weights, with 8 warps together or by 4; decoded, by 4")
-    if gemm.rank and not gemm.steps:
+    if gemm.rank and (form is not None or not gemm.steps):
         reasons.append(
             "adds adapters as steps of its sum: to layers that are not quantised, where LoRA is finite, with R and "
             "strides that are multiples of 8"

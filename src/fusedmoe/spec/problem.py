@@ -153,8 +153,7 @@ class Problem:
     @property
     def _steps(self) -> int:
         held = self.adapters
-        quantised = self.w13_format is not None or self.w2_format is not None
-        return held.slots * held.rank if held is not None and held.steps and not quantised else 0
+        return held.slots * held.rank if held is not None and held.steps else 0
 
     @property
     def flops(self) -> int:
