@@ -17,8 +17,9 @@ import functools
 import importlib
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from operator import itemgetter
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -47,13 +48,13 @@ class _Local(threading.local):
 _LOCAL = _Local()
 
 
-class _Address:
-    """Stands in a launch for a tensor."""
+class _Base:
+    """Stands in a tensor map for a tensor."""
 
-    __slots__ = ("offset", "source", "value")
+    __slots__ = ("value",)
 
-    def __init__(self, source: int, offset: int) -> None:
-        self.source, self.offset, self.value = source, offset, 0
+    def __init__(self) -> None:
+        self.value = 0
 
     def data_ptr(self) -> int:
         return self.value
@@ -64,11 +65,21 @@ class _UnknownError(Exception):
 
 
 class _Launch(NamedTuple):
-    """A launch without its stream."""
+    """A launch without its stream and its addresses."""
 
     kernel: Any  # compiled
     grid: tuple[int, int, int]
-    arguments: tuple[Any, ...]
+    constants: tuple[Any, ...]
+    used: tuple[int, ...]  # of the tape's addresses
+    # Each makes a tuple of constants, addresses and tuples that were made before it; the last one, all arguments.
+    makers: tuple[Callable[[list[Any]], tuple[Any, ...]], ...]
+
+    def arguments(self, addresses: list[int]) -> tuple[Any, ...]:
+        """Addresses are numbers: anything else Triton's launcher asks for its address, and CUDA whether it is one."""
+        values = [*self.constants, *[addresses[i] for i in self.used]]
+        for make in self.makers:
+            values.append(make(values))
+        return values[-1]  # type: ignore[no-any-return]
 
 
 class Tape:
@@ -84,24 +95,28 @@ class Tape:
         self.spoilt = False
         self.n_bytes = 0
         self._launches: list[_Launch] = []
-        self._addresses: dict[tuple[int, int], _Address] = {}
+        self._addresses: dict[tuple[int, int], int] = {}  # (source, offset) -> number
+        self._bases: list[tuple[_Base, int]] = []  # of tensor maps, and which address each has
         self._spans: list[tuple[int, int]] = []
 
     def replay(self, sources: Sequence[torch.Tensor]) -> None:
         """Launch again, on tensors like those of the record, in the same order."""
         pointers = [source.data_ptr() for source in sources]
-        for address in self._addresses.values():
-            address.value = pointers[address.source] + address.offset
+        addresses = [pointers[source] + offset for source, offset in self._addresses]
+        for base, number in self._bases:
+            base.value = addresses[number]
         device = sources[0].device
         with device_guard(device):
             if _is_watched():
-                for kernel, grid, arguments in self._launches:
-                    kernel[grid](*arguments)
+                for launch in self._launches:
+                    launch.kernel[launch.grid](*launch.arguments(addresses))
                 return
             # As Triton's own launch, which asks for the stream each time, and makes metadata for hooks that are not.
             stream = _stream(device)
-            for kernel, grid, arguments in self._launches:
-                kernel.run(*grid, stream, kernel.function, kernel.packed_metadata, None, None, None, *arguments)
+            for launch in self._launches:
+                kernel, told = launch.kernel, (None, None, None)
+                arguments = launch.arguments(addresses)
+                kernel.run(*launch.grid, stream, kernel.function, kernel.packed_metadata, *told, *arguments)
 
     @contextmanager
     def record(self, sources: Sequence[torch.Tensor], n_bytes: int) -> Iterator[None]:
@@ -109,7 +124,7 @@ class Tape:
         if self.spoilt or _LOCAL.recording is not None:
             yield
             return
-        self.n_bytes, self._launches, self._addresses = n_bytes, [], {}
+        self.n_bytes, self._launches, self._addresses, self._bases = n_bytes, [], {}, []
         self._spans = [_span(source) for source in sources]
         _LOCAL.recording = self
         try:
@@ -119,7 +134,7 @@ class Tape:
         finally:
             _LOCAL.recording = None
             if self.spoilt:
-                self._launches, self._addresses = [], {}
+                self._launches, self._addresses, self._bases = [], {}, []
 
     def add(
         self, kernel: Any, compiled: Any, grid: tuple[int, ...], args: Sequence[Any], named: dict[str, Any]
@@ -129,35 +144,60 @@ class Tape:
             self.spoilt = True
             return
         bound = dict(zip(kernel.arg_names, args, strict=False)) | named
+        x, y, z = (*grid, 1, 1)[:3]
         try:
-            arguments = tuple(self._without_tensors(bound[name]) for name in kernel.arg_names)
+            self._launches.append(_Launch(compiled, (x, y, z), *self._recipe([bound[n] for n in kernel.arg_names])))
         except _UnknownError:
             self.spoilt = True
-            return
-        x, y, z = (*grid, 1, 1)[:3]
-        self._launches.append(_Launch(compiled, (x, y, z), arguments))
 
-    def _without_tensors(self, value: Any) -> Any:
-        if isinstance(value, torch.Tensor):
-            return self._address_of(value)
-        if hasattr(value, "block_shape"):  # a tensor map, of Triton or of Gluon, which its launch makes of the address
-            value = copy.copy(value)
-            value.base = self._address_of(value.base)
-            return value
-        if isinstance(value, tuple):
-            parts = [self._without_tensors(part) for part in value]
-            return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
-        return value
+    def _recipe(self, arguments: list[Any]) -> tuple[tuple[Any, ...], tuple[int, ...], tuple[Any, ...]]:
+        """Constants, addresses and makers of a launch's arguments."""
+        constants: list[Any] = []
+        used: list[int] = []
+        nested: list[tuple[tuple[str, int], ...]] = []
 
-    def _address_of(self, tensor: torch.Tensor) -> Any:
-        if tensor.numel() == 0:
-            return 0
+        def place(value: Any) -> tuple[str, int]:
+            kind, held = "constant", constants
+            if isinstance(value, torch.Tensor) and value.numel():
+                kind, held, value = "address", used, self._number(value)
+            elif isinstance(value, torch.Tensor):
+                value = 0
+            elif hasattr(value, "block_shape"):  # a tensor map, which its launch makes of the address
+                value, base = copy.copy(value), _Base()
+                self._bases.append((base, self._number(value.base)))
+                value.base = base
+            elif isinstance(value, tuple) and _holds_tensors(value):
+                kind, held, value = "tuple", nested, tuple(map(place, value))
+            held.append(value)
+            return kind, len(held) - 1
+
+        nested.append(tuple(map(place, arguments)))
+        starts = {"constant": 0, "address": len(constants), "tuple": len(constants) + len(used)}
+        makers = (_tuple_of([starts[kind] + i for kind, i in places]) for places in nested)
+        return tuple(constants), tuple(used), tuple(makers)
+
+    def _number(self, tensor: torch.Tensor) -> int:
+        """Which of the tape's addresses a tensor has."""
         first, last = _span(tensor)
         holders = [i for i, (start, end) in enumerate(self._spans) if start < last and first < end]
         if len(holders) != 1 or first < self._spans[holders[0]][0] or last > self._spans[holders[0]][1]:
             raise _UnknownError
         key = holders[0], first - self._spans[holders[0]][0]
-        return self._addresses.setdefault(key, _Address(*key))
+        return self._addresses.setdefault(key, len(self._addresses))
+
+
+def _holds_tensors(value: object) -> bool:
+    """Whether a tensor or a tensor map is in there."""
+    if isinstance(value, tuple):
+        return any(map(_holds_tensors, value))
+    return isinstance(value, torch.Tensor) or hasattr(value, "block_shape")
+
+
+def _tuple_of(places: list[int]) -> Callable[[list[Any]], tuple[Any, ...]]:
+    """What picks these values of a list, as a tuple."""
+    if len(places) == 1:
+        return lambda values: (values[places[0]],)
+    return itemgetter(*places) if places else lambda values: ()
 
 
 @functools.cache
