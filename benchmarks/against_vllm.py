@@ -31,11 +31,11 @@ from fusedmoe.spec.activation import Activation
 from fusedmoe.spec.format import Format
 from fusedmoe.testing.verify import relative_error, verify
 
-#: Schemes of this library that vLLM's Triton experts have, and what vLLM calls the weights of those that it has no type
-#: of PyTorch for.
+#: Schemes of this library that vLLM's Triton experts have, and what vLLM calls the weights of those whose tensors have
+#: another type.
 SCHEMES = {
-    "none": None, "fp8_block": None, "fp8_channel": None, "fp8_tensor": None, "int8_w8a8": None, "int8_w8a16": None,
-    "int4_w4a16": "int4",
+    "none": None, "fp8_block": None, "fp8_channel": None, "fp8_tensor": None, "int8_w8a8": None,
+    "int8_w8a16": torch.int8, "int4_w4a16": "int4",
 }  # fmt: skip
 
 
@@ -44,6 +44,13 @@ def _groups(form: Format) -> list[int] | None:
     if form.inputs is None:
         return [0, form.block[1]] if form.block[1] else None
     return list(form.block) if form.block[0] > 1 and form.inputs.mode == "group" else None
+
+
+def as_vllm_has(w: torch.Tensor | ExpertMatrix) -> torch.Tensor | ExpertMatrix:
+    """The same matrix: integers of weight-only layers are unsigned in vLLM, and shifted by 128 without zero points."""
+    if not isinstance(w, ExpertMatrix) or w.format.scheme != "int8_w8a16" or w.data.dtype != torch.int8:
+        return w
+    return ExpertMatrix("int8_w8a16", w.data.view(torch.uint8) ^ 128, w.scale)
 
 
 def configured(layer: Layer, tokens: int) -> tuple[Any, Any]:
@@ -179,6 +186,7 @@ def main() -> None:
                     *(shape,), dtype=torch.bfloat16, device=device, scheme=scheme, bias=options.bias,
                     activation=Activation.of(options.activation).name,
                 )  # fmt: skip
+                layer = layer._replace(w13=as_vllm_has(layer.w13), w2=as_vllm_has(layer.w2))
                 if options.weight_on_input:
                     layer = layer._replace(options={**layer.options, "apply_router_weight_on_input": True})
                 if scheme == "fp8_tensor":  # vLLM has one scale for gate and up
