@@ -432,6 +432,17 @@ def test_what_is_not_finite_stays_with_its_adapter(stand_in, monkeypatch):
     assert output[own].isnan().all() and relative_error(output[~own], want[~own]) < 2.0**-6
 
 
+@pytest.mark.parametrize(("of_a", "of_b"), [(1, E), (E, 1), (1, 1)])
+def test_matrices_that_experts_share_are_isolated_too(of_a, of_b):
+    a, b = torch.zeros(2, of_a, 4, 8), torch.zeros(2, of_b, 6, 4)
+    stacked = {"w13_lora_a_stacked": (), "w13_lora_b_stacked": (), "w2_lora_a_stacked": (a,), "w2_lora_b_stacked": (b,)}
+    given = torch.ones(of_a, 4, 8), torch.ones(of_b, 6, 4)
+    given[1][-1, 5, 2] = float("inf")
+    plugin.isolating(Layer.set_lora)(Layer(types.SimpleNamespace(**stacked)), 1, given[:1], given[1:])
+    assert a[1, -1, 2].isnan().all() and a[1].isnan().sum() == 8 * (1 if of_b == E or of_a == 1 else of_a)
+    assert b.isfinite().all() and b[1].sum() == 24 * of_b - 1 and not a[0].any()
+
+
 def test_the_rest_runs_in_vllms_own_class_with_its_workspaces(stand_in, caplog):
     plugin._say.cache_clear()
     config, w1, w2, _ = layer_of("none")
@@ -500,26 +511,63 @@ def test_configurations_of_the_installed_vllm(form):
     assert plugin.kind_of(theirs) == plugin.kind_of(config) != None  # noqa: E711
 
 
-@installed
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("scheme", ["none", "weight on input", "int8_w8a16", "int4_w4a16"])
-def test_in_vllms_own_modular_kernel(scheme, bias, monkeypatch):
-    """Its prepare and finalize steps and workspaces; rows that are quantised need operators that a CPU has not."""
+@pytest.fixture
+def benchmark(monkeypatch):
+    """The script that drives vLLM's modular kernel, and what vLLM wants to be there."""
     from vllm.config import DeviceConfig, VllmConfig, set_current_vllm_config
     from vllm.v1.worker import workspace
 
     path = Path(__file__).parents[2] / "benchmarks" / "against_vllm.py"
     spec = importlib.util.spec_from_file_location("against_vllm", path)
-    benchmark = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(benchmark)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
     monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: None)  # which vLLM calls wherever it is
-    cpu = torch.device("cpu")
     if not workspace.is_workspace_manager_initialized():
-        workspace.init_workspace_manager(cpu)
+        workspace.init_workspace_manager(torch.device("cpu"))
+    with torch.no_grad(), set_current_vllm_config(VllmConfig(device_config=DeviceConfig(device="cpu"))):
+        yield module
+
+
+@installed
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("scheme", ["none", "weight on input", "int8_w8a16", "int4_w4a16"])
+def test_in_vllms_own_modular_kernel(benchmark, scheme, bias):
+    """Its prepare and finalize steps and workspaces; rows that are quantised need operators that a CPU has not."""
     on_input = scheme == "weight on input"
     shape, scheme = ("6,1,256,128", "none") if on_input else ("6,3,256,128", scheme)
-    layer = benchmark.draw_layer(benchmark.shape_of(shape), dtype=torch.bfloat16, device=cpu, scheme=scheme, bias=bias)
+    layer = benchmark.draw_layer(
+        benchmark.shape_of(shape), dtype=torch.bfloat16, device=torch.device("cpu"), scheme=scheme, bias=bias
+    )
     layer.options["apply_router_weight_on_input"] = on_input
-    with torch.no_grad(), set_current_vllm_config(VllmConfig(device_config=DeviceConfig(device="cpu"))):
-        for tokens in (1, 9):
-            assert benchmark.measured(layer, tokens, eager=False)["fusedmoe_ok"]
+    for tokens in (1, 9):
+        assert benchmark.measured(layer, tokens, eager=False)["fusedmoe_ok"]
+
+
+@installed
+@pytest.mark.parametrize("slices", [1, 2])
+def test_adapters_in_vllms_own_modular_kernel(benchmark, slices):
+    from vllm.model_executor.layers.fused_moe.experts import lora_context, triton_moe
+
+    layer = benchmark.draw_layer(
+        benchmark.shape_of(f"{E},{K},{H},{I}"), dtype=torch.bfloat16, device=torch.device("cpu"), scheme="none"
+    )
+    moe, quant = benchmark.configured(layer, T)
+    kernel = benchmark.kernel(plugin.experts_class(triton_moe.TritonExperts), moe, quant)
+    found, ids, lora = adapters_of(slices)
+    kernel.fused_experts.set_lora_context(
+        lora_context.MoELoRAContext(
+            **vars(found), max_loras=lora.slots, top_k=K, w13_num_slices=slices, tp_rank=0, tp_size=1,
+            local_num_experts=E, use_tuned_config=False,
+        )
+    )  # fmt: skip
+    x, _, _, weights, chosen = arguments = layer.call(T)
+    out = kernel.apply(activation=moe.activation, **benchmark.operands(layer, x, weights, chosen))
+    want = fusedmoe.reference.fused_experts(*arguments, lora=lora, adapter_ids=ids[:T])
+    assert relative_error(out, want) < 2.0**-6
+
+
+@installed
+def test_layers_with_adapters_of_the_installed_vllm_isolate():
+    plugin.isolate_adapters()
+    layers = importlib.import_module(plugin._LAYERS)
+    assert plugin._layers_isolate() and hasattr(layers.FusedMoE3DWithLoRA.set_lora, "isolates")

@@ -103,7 +103,10 @@ def isolating(set_lora: Any) -> Any:
         for a, b in (pair for both in pairs for pair in zip(*both, strict=True)):
             if a.shape[2] == b.shape[3]:  # otherwise sharded along the rank, and run by vLLM
                 wrong = ~torch.isfinite(b[index])
-                a[index].masked_fill_(wrong.any(1).unsqueeze(2), float("nan"))
+                columns = wrong.any(1)  # [E or 1, R], of A [E or 1, R, K]
+                if a.shape[1] == 1:
+                    columns = columns.any(0, keepdim=True)
+                a[index].masked_fill_(columns.unsqueeze(2), float("nan"))
                 b[index].masked_fill_(wrong, 0.0)
 
     wrapper.isolates = True  # type: ignore[attr-defined]
@@ -124,9 +127,10 @@ def experts_class(base: Any) -> Any:
         @property
         def expects_unquantized_inputs(self) -> bool:
             """Whether rows come as they are, to be quantised here: adapters multiply them as they are."""
-            if getattr(self, "_lora_context", None) is None or self.quant_config.quant_dtype is None:
-                return bool(super().expects_unquantized_inputs)
-            return not self._fusedmoe_why_not(self.moe_config.activation)
+            adapted = getattr(self, "_lora_context", None) is not None and self.quant_config.quant_dtype is not None
+            if adapted and not self._fusedmoe_why_not(self.moe_config.activation):
+                return True
+            return bool(super().expects_unquantized_inputs)
 
         def workspace_shapes(self, M: int, N: int, K: int, *args: Any, **kwargs: Any) -> Any:
             """None but the output: a call allocates what it needs, in the graph's pool when it is captured."""
