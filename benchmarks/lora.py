@@ -32,7 +32,7 @@ import torch
 import fusedmoe
 from fusedmoe.bench import Layer, Shape, default_device, draw_layer, format_for, problem_of, shape_of, time_us
 from fusedmoe.cli.environment import name_of
-from fusedmoe.integrations.vllm import experts_class, isolate_adapters, why_no_adapters
+from fusedmoe.integrations.vllm import experts_class, prepare_adapters, why_no_adapters
 from fusedmoe.testing.verify import Oracle
 
 #: Relative error that vLLM's result may have. More than ours: it rounds to the type of the layer before it adds an
@@ -161,7 +161,7 @@ def main() -> None:
         if options.vllm:
             from against_vllm import configuration
 
-            isolate_adapters()
+            prepare_adapters()
             stack.enter_context(configuration(device))
         rows = table(options, device)
     if options.json:

@@ -317,7 +317,8 @@ def adapters_of(slices=2, slots=3, rank=8):
     a2, b2 = draw(rank, I), draw(H, rank)
     ids = torch.randint(-1, slots, (T + 4,), generator=g).int()
     enabled = torch.tensor([1, 0, 1, 1], dtype=torch.int32)
-    meta = types.SimpleNamespace(meta_args=lambda n, active: (ids[:n], None))
+    prepared = types.SimpleNamespace(forgetting=True)
+    meta = types.SimpleNamespace(meta_args=lambda n, active: (ids[:n], None), prepare_tensors=prepared)
     context = types.SimpleNamespace(
         w13_lora_a_stacked=tuple(a13), w13_lora_b_stacked=tuple(b13), w2_lora_a_stacked=(a2,), w2_lora_b_stacked=(b2,),
         adapter_enabled=enabled, fully_sharded=False, local_token_lora_mapping=None,
@@ -449,8 +450,9 @@ def test_the_rest_runs_in_vllms_own_class_with_its_workspaces(stand_in, caplog):
     x = torch.randn(T, H, dtype=torch.bfloat16)
     made = plugin.experts_class(TritonExperts)
     emulated, other = made(config), made(Config(weight_quant_dtype="nvfp4"))
-    sharded, wide, lopsided = ((made(config), adapters_of()[0]) for _ in range(3))
-    for experts, context in (sharded, wide, lopsided):
+    sharded, wide, lopsided, stale = ((made(config), adapters_of()[0]) for _ in range(4))
+    del stale[1].punica_wrapper.token_mapping_meta.prepare_tensors
+    for experts, context in (sharded, wide, lopsided, stale):
         experts._lora_context = context
     sharded[1].fully_sharded = True
     wide[1].w2_lora_a_stacked = (wide[1].w2_lora_a_stacked[0].float(),)
@@ -462,6 +464,7 @@ def test_the_rest_runs_in_vllms_own_class_with_its_workspaces(stand_in, caplog):
             (sharded[0], Activation.SILU, "adapters are sharded along their ranks"),
             (wide[0], Activation.SILU, "adapters in torch.float32 meet rows in torch.bfloat16"),
             (lopsided[0], Activation.SILU, "adapters of gate and up are laid out differently"),
+            (stale[0], Activation.SILU, "slots of tokens may be those of the batch before"),
             (emulated, Activation.SILU, "quantisation is emulated"),
             (other, Activation.SILU, "weights of nvfp4 with rows of None"),
             (made(config), Activation.UNKNOWN, "activation swigluoai_uninterleave"),
@@ -567,7 +570,14 @@ def test_adapters_in_vllms_own_modular_kernel(benchmark, slices):
 
 
 @installed
-def test_layers_with_adapters_of_the_installed_vllm_isolate():
-    plugin.isolate_adapters()
+def test_what_the_installed_vllm_keeps_about_adapters():
+    plugin.prepare_adapters()
     layers = importlib.import_module(plugin._LAYERS)
-    assert plugin._layers_isolate() and hasattr(layers.FusedMoE3DWithLoRA.set_lora, "isolates")
+    assert plugin._layers_isolate() and hasattr(layers.FusedMoE3DWithLoRA.set_lora, "isolating")
+    told = importlib.import_module(plugin._SLOTS_OF_TOKENS).LoRAKernelMeta.make(2, 8, "cpu")
+    told.prepare_tensors(torch.tensor([1, 0, -1], dtype=torch.int32))
+    assert told.meta_args(3, False)[0].tolist() == [1, 0, -1]
+    told.prepare_tensors(torch.tensor([-1, -1, -1], dtype=torch.int32))
+    assert told.meta_args(8, False)[0].tolist() == [-1] * 8
+    plugin.prepare_adapters()
+    assert not hasattr(vars(type(told))["prepare_tensors"].__wrapped__, "forgetting")

@@ -114,9 +114,8 @@ class Tape:
             # As Triton's own launch, which asks for the stream each time, and makes metadata for hooks that are not.
             stream = _stream(device)
             for launch in self._launches:
-                kernel, told = launch.kernel, (None, None, None)
-                arguments = launch.arguments(addresses)
-                kernel.run(*launch.grid, stream, kernel.function, kernel.packed_metadata, *told, *arguments)
+                kernel, arguments = launch.kernel, launch.arguments(addresses)
+                kernel.run(*launch.grid, stream, kernel.function, kernel.packed_metadata, None, None, None, *arguments)
 
     @contextmanager
     def record(self, sources: Sequence[torch.Tensor], n_bytes: int) -> Iterator[None]:

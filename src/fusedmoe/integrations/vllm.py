@@ -35,8 +35,9 @@ from fusedmoe.target import installed
 FIRST, LAST = (0, 22, 1), (0, 33)
 NAMES = ("TritonExperts", "TritonWNA16Experts")
 _MODULE = "vllm.model_executor.layers.fused_moe.experts.triton_moe"
-#: Layers that hold adapters.
+#: Layers that hold adapters, and what tells which slot each token has.
 _LAYERS = "vllm.lora.layers.fused_moe"
+_SLOTS_OF_TOKENS = "vllm.lora.ops.triton_ops.lora_kernel_metadata"
 #: Whose gate and up rows alternate in vLLM.
 _INTERLEAVED = "swigluoai"
 
@@ -72,25 +73,28 @@ def register() -> None:
         for place in (module, package):
             if getattr(place, name, None) is base:
                 setattr(place, name, ours)
-    isolate_adapters()
+    prepare_adapters()
     _log.info("FUSEDMOE_VLLM: %s of vLLM %s run on fusedmoe.", " and ".join(NAMES), version)
 
 
-def isolate_adapters() -> None:
-    """Have vLLM's layers put what is not finite in B of an adapter into its A, whenever they load one.
+def prepare_adapters() -> None:
+    """Have vLLM keep two things about adapters that kernels here rely on; a second call changes nothing.
 
-    In A a NaN reaches rows of this adapter alone; in B it would reach others' on the kernels of Hopper, which therefore
-    want B finite (:class:`fusedmoe.LoRA`). A second call changes nothing.
+    Its layers put what is not finite in B of an adapter into its A, whenever they load one. In A a NaN reaches rows of
+    this adapter alone; in B it would reach others' on the kernels of Hopper, which therefore want B finite
+    (:class:`fusedmoe.LoRA`). And in a batch without adapters each token's slot becomes -1, where vLLM leaves those of
+    the batch before, for its own kernels are told that there are none.
     """
-    try:
-        module = importlib.import_module(_LAYERS)
-    except ImportError as cause:
-        _log.info("FUSEDMOE_VLLM: got %s. Adapters run on the kernels that need no promise.", cause)
-        return
-    for layer in vars(module).values():
-        own = vars(layer).get("set_lora") if isinstance(layer, type) else None
-        if own is not None and not hasattr(own, "isolates"):
-            layer.set_lora = isolating(own)
+    for place, name, made in ((_LAYERS, "set_lora", isolating), (_SLOTS_OF_TOKENS, "prepare_tensors", forgetting)):
+        try:
+            module = importlib.import_module(place)
+        except ImportError as cause:
+            _log.info("FUSEDMOE_VLLM: got %s. Adapters stay vLLM's own, or run on kernels that need less.", cause)
+            continue
+        for kind in vars(module).values():
+            own = vars(kind).get(name) if isinstance(kind, type) else None
+            if own is not None and not hasattr(own, made.__name__):
+                setattr(kind, name, made(own))
 
 
 def isolating(set_lora: Any) -> Any:
@@ -109,13 +113,26 @@ def isolating(set_lora: Any) -> Any:
                 a[index].masked_fill_(columns.unsqueeze(2), float("nan"))
                 b[index].masked_fill_(wrong, 0.0)
 
-    wrapper.isolates = True  # type: ignore[attr-defined]
+    wrapper.isolating = True  # type: ignore[attr-defined]
+    return wrapper
+
+
+def forgetting(prepare_tensors: Any) -> Any:
+    """A ``prepare_tensors`` of what tells each token's slot, that says -1 where no token has one."""
+
+    @functools.wraps(prepare_tensors)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> None:
+        prepare_tensors(self, *args, **kwargs)
+        if self.no_lora_flag_cpu.item():
+            self.token_lora_mapping.fill_(-1)
+
+    wrapper.forgetting = True  # type: ignore[attr-defined]
     return wrapper
 
 
 def _layers_isolate() -> bool:
     layer = getattr(sys.modules.get(_LAYERS), "FusedMoEWithLoRA", None)
-    return hasattr(getattr(layer, "set_lora", None), "isolates")
+    return hasattr(getattr(layer, "set_lora", None), "isolating")
 
 
 def experts_class(base: Any) -> Any:
@@ -263,6 +280,9 @@ def why_no_adapters(context: Any, dtype: torch.dtype) -> str | None:
     tensors = _slots(context)
     if context.fully_sharded:
         return "adapters are sharded along their ranks"
+    told = getattr(context.punica_wrapper, "token_mapping_meta", None)
+    if not hasattr(getattr(told, "prepare_tensors", None), "forgetting"):
+        return "slots of tokens may be those of the batch before"
     if _batch_invariant():
         return "adapters have no batch-invariant form here"
     other = next((t.dtype for t in tensors if t.dtype != dtype), None)
