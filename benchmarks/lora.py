@@ -21,8 +21,9 @@ import argparse
 import contextlib
 import functools
 import importlib.metadata
+import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -173,71 +174,76 @@ def main() -> None:
 
 def table(options: argparse.Namespace, device: torch.device) -> list[dict[str, object]]:
     """Measure and print each point."""
+    rows: list[dict[str, object]] = []
+    shapes, schemes = options.shape or ("qwen3-30b-a3b", "mixtral-8x7b"), options.scheme or ("none",)
+    for shape, scheme in itertools.product(map(shape_of, shapes), schemes):
+        for row in of_layer(shape, scheme, options, device):
+            rows.append(row)
+            print(line(row), flush=True)
+    return rows
+
+
+def of_layer(
+    shape: Shape, scheme: str, options: argparse.Namespace, device: torch.device
+) -> Iterator[dict[str, object]]:
+    """The points of a layer."""
     tokens, counts, ranks = (
         [int(n) for n in text.split(",")] for text in (options.tokens, options.adapters, options.rank)
     )
-    rows: list[dict[str, object]] = []
-    for shape in map(shape_of, options.shape or ("qwen3-30b-a3b", "mixtral-8x7b")):
-        for scheme in options.scheme or ("none",):
-            drawn = draw_layer(shape, dtype=torch.bfloat16, device=device, scheme=scheme)
-            generator, w13, w2 = drawn.generator, drawn.w13, drawn.w2
-            inputs = {n: (x, *topk) for n in tokens for x, _, _, *topk in (drawn.call(n),)}
-            expert_bytes = problem_of(shape, 1, torch.bfloat16, form=format_for(scheme, shape)).expert_bytes
+    drawn = draw_layer(shape, dtype=torch.bfloat16, device=device, scheme=scheme)
+    inputs = {n: (x, *topk) for n in tokens for x, _, _, *topk in (drawn.call(n),)}
+    classes = () if not options.vllm else ("vllm", "plugin") if scheme == "none" else ("plugin",)
 
-            def layer(n: int, extra: dict[str, object]) -> torch.Tensor:
-                x, weights, ids = inputs[n]  # noqa: B023 - called within this turn
-                return fusedmoe.fused_experts(x, w13, w2, weights, ids, **extra)  # type: ignore[arg-type]  # noqa: B023
+    def call(n: int, **extra: Any) -> Callable[[], torch.Tensor]:
+        x, weights, ids = inputs[n]
+        return functools.partial(fusedmoe.fused_experts, x, drawn.w13, drawn.w2, weights, ids, **extra)
 
-            fusedmoe.warmup(lambda n: layer(n, {}), tokens, threads=16)
-            base: dict[int, float] = {}
-            in_vllm = ({"vllm": False} if scheme == "none" else {}) | {"plugin": True} if options.vllm else {}
-            in_vllm_base: dict[tuple[str, int], float] = {}
-            for n, (x, weights, ids) in inputs.items():
-                base[n] = time_us(functools.partial(fusedmoe.fused_experts, x, w13, w2, weights, ids), device)
-                for name, plugin in in_vllm.items():
-                    in_vllm_base[name, n] = time_us(vllm_call(drawn, inputs[n], plugin=plugin), device)
-            for rank in ranks:
-                for count in counts:
-                    lora = adapters(shape, count, rank, generator, apart=options.apart)
-                    some = {n: {"lora": lora, "adapter_ids": draw_ids(n, count, generator)} for n in tokens}
-                    fusedmoe.warmup(lambda n, some=some: layer(n, some[n]), tokens, threads=16)
-                    for n, (x, weights, ids) in inputs.items():
-                        chosen = some[n]["adapter_ids"]
-                        for name, adapter_ids in (("each", chosen), ("none", torch.full_like(chosen, -1))):
-                            if name == "none" and (rank, count) != (ranks[0], counts[0]):
-                                continue
-                            extra = {"lora": lora, "adapter_ids": adapter_ids}
-                            call = functools.partial(fusedmoe.fused_experts, x, w13, w2, weights, ids, **extra)
-                            oracle = None
-                            if n <= 32 or n == 2048:
-                                oracle = Oracle((x, w13, w2, weights, ids), extra, x.dtype)
-                                verdict = oracle.verdict(call())
-                                assert verdict.ok, (shape, scheme, rank, count, n, verdict)
-                            us = time_us(call, device)
-                            least = 1.0 if name == "none" else more_bytes(lora, expert_bytes, ids, adapter_ids)
-                            row = {
-                                "shape": shape.name, "scheme": scheme, "rank": rank, "adapters": count,
-                                "apart": options.apart, "of": name, "tokens": n, "base_us": base[n], "us": us,
-                                "quotient": us / base[n], "bytes": least,
-                            }  # fmt: skip
-                            said = (
-                                f"{shape.name:14} {scheme:12} rank {rank:3} adapters {count:3} {name}  T = {n:5}  "
-                                f"{base[n]:8.1f} us  {us:8.1f} us  {us / base[n]:.2f}  bytes {least:.2f}"
-                            )
-                            for whose, plugin in in_vllm.items() if name == "each" else ():
-                                theirs = vllm_call(drawn, inputs[n], lora, adapter_ids, plugin=plugin)
-                                more = vllm_columns(theirs, in_vllm_base[whose, n], oracle, device, whose)
-                                row |= more
-                                said += f"  {whose} " + "  ".join(
-                                    f"{more[f'{whose}_{key}']:{form}}"
-                                    for key, form in (("base_us", "8.1f"), ("us", "8.1f"), ("quotient", ".2f"))
-                                )
-                                if more[f"{whose}_error"] is not None:
-                                    said += f"  error {more[f'{whose}_error']:.1e}"
-                            rows.append(row)
-                            print(said, flush=True)
-                    del lora
-    return rows
+    fusedmoe.warmup(lambda n: call(n)(), tokens, threads=16)
+    base = {n: time_us(call(n), device) for n in tokens}
+    theirs = {
+        (n, name): time_us(vllm_call(drawn, inputs[n], plugin=name == "plugin"), device)
+        for n in tokens
+        for name in classes
+    }
+    expert_bytes = problem_of(shape, 1, torch.bfloat16, form=format_for(scheme, shape)).expert_bytes
+    for rank, count in itertools.product(ranks, counts):
+        lora = adapters(shape, count, rank, drawn.generator, apart=options.apart)
+        each = {n: draw_ids(n, count, drawn.generator) for n in tokens}
+        fusedmoe.warmup(lambda n, lora=lora, each=each: call(n, lora=lora, adapter_ids=each[n])(), tokens, threads=16)
+        kinds = ("each", "none") if (rank, count) == (ranks[0], counts[0]) else ("each",)
+        for n, kind in itertools.product(tokens, kinds):
+            x, weights, ids = inputs[n]
+            extra = {"lora": lora, "adapter_ids": each[n] if kind == "each" else torch.full_like(each[n], -1)}
+            ours, oracle = call(n, **extra), None
+            if n <= 32 or n == 2048:
+                oracle = Oracle((x, drawn.w13, drawn.w2, weights, ids), extra, x.dtype)
+                verdict = oracle.verdict(ours())
+                assert verdict.ok, (shape, scheme, rank, count, n, verdict)
+            us = time_us(ours, device)
+            row = {
+                "shape": shape.name, "scheme": scheme, "rank": rank, "adapters": count, "apart": options.apart,
+                "of": kind, "tokens": n, "base_us": base[n], "us": us, "quotient": us / base[n],
+                "bytes": more_bytes(lora, expert_bytes, ids, each[n]) if kind == "each" else 1.0,
+            }  # fmt: skip
+            for name in classes if kind == "each" else ():
+                one = vllm_call(drawn, inputs[n], **extra, plugin=name == "plugin")
+                row |= vllm_columns(one, theirs[n, name], oracle, device, name)
+            yield row
+
+
+def line(row: dict[str, Any]) -> str:
+    """A point as it is printed."""
+    said = (
+        f"{row['shape']:14} {row['scheme']:12} rank {row['rank']:3} adapters {row['adapters']:3} {row['of']}  "
+        f"T = {row['tokens']:5}  {row['base_us']:8.1f} us  {row['us']:8.1f} us  {row['quotient']:.2f}  "
+        f"bytes {row['bytes']:.2f}"
+    )
+    for name in ("vllm", "plugin"):
+        if f"{name}_us" in row:
+            base_us, us, quotient, error = (row[f"{name}_{key}"] for key in ("base_us", "us", "quotient", "error"))
+            said += f"  {name} {base_us:8.1f} us  {us:8.1f} us  {quotient:.2f}"
+            said += "" if error is None else f"  error {error:.1e}"
+    return said
 
 
 if __name__ == "__main__":
