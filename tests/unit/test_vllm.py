@@ -401,12 +401,15 @@ def test_what_is_not_finite_stays_with_its_adapter(stand_in, monkeypatch):
     call(experts, w1, w2, x, None)
     assert not experts._fusedmoe_adapters.finite
     module = types.ModuleType(plugin._LAYERS)
-    module.FusedMoEWithLoRA = type("FusedMoEWithLoRA", (Layer,), {"set_lora": Layer.set_lora})
-    module.FusedMoE3DWithLoRA = type("FusedMoE3DWithLoRA", (module.FusedMoEWithLoRA,), {"set_lora": Layer.set_lora})
+    own = {"set_lora": Layer.set_lora, "__module__": plugin._LAYERS}
+    module.FusedMoEWithLoRA = type("FusedMoEWithLoRA", (Layer,), own)
+    module.FusedMoE3DWithLoRA = type("FusedMoE3DWithLoRA", (module.FusedMoEWithLoRA,), own)
+    module.BaseLayerWithLoRA, before = Layer, Layer.set_lora  # imported, and a base of layers without experts
     for name in ("vllm.lora", "vllm.lora.layers"):
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     monkeypatch.setitem(sys.modules, plugin._LAYERS, module)
     plugin.register()
+    assert Layer.set_lora is before
     first = module.FusedMoEWithLoRA.set_lora
     assert first is not Layer.set_lora and module.FusedMoE3DWithLoRA.set_lora is not first
     plugin.register()
@@ -574,6 +577,7 @@ def test_what_the_installed_vllm_keeps_about_adapters():
     plugin.prepare_adapters()
     layers = importlib.import_module(plugin._LAYERS)
     assert plugin._layers_isolate() and hasattr(layers.FusedMoE3DWithLoRA.set_lora, "isolating")
+    assert not hasattr(layers.BaseLayerWithLoRA.set_lora, "isolating")
     told = importlib.import_module(plugin._SLOTS_OF_TOKENS).LoRAKernelMeta.make(2, 8, "cpu")
     told.prepare_tensors(torch.tensor([1, 0, -1], dtype=torch.int32))
     assert told.meta_args(3, False)[0].tolist() == [1, 0, -1]

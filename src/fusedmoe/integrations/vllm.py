@@ -91,8 +91,8 @@ def prepare_adapters() -> None:
         except ImportError as cause:
             _log.info("FUSEDMOE_VLLM: got %s. Adapters stay vLLM's own, or run on kernels that need less.", cause)
             continue
-        for kind in vars(module).values():
-            own = vars(kind).get(name) if isinstance(kind, type) else None
+        for kind in vars(module).values():  # its own: what it imports are bases of other layers too
+            own = vars(kind).get(name) if getattr(kind, "__module__", None) == place else None
             if own is not None and not hasattr(own, made.__name__):
                 setattr(kind, name, made(own))
 
