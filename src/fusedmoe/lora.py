@@ -306,9 +306,9 @@ class LoRA:
         """Put an adapter into a slot, in place of what it holds; cast to the type of the slots.
 
         Raises:
-            OptionError: there is no such slot, or gate and up have tensors of their own.
+            OptionError: there is no such slot; gate and up have tensors of their own; or the adapter has numbers that
+                are not finite, in the type of the slots, and the slots promise that.
             ShapeError: the adapter does not fit the slots, or its rank is above R.
-            OptionError: it has numbers that are not finite, in the type of the slots, and the slots promise that.
         """
         self._check_slot(slot)
         rank = adapter.rank
@@ -319,10 +319,7 @@ class LoRA:
             got, do = "an A each for gate and up", "Make the slots with apart=True."
             raise ShapeError(explain("w13_a of the adapter", got=got, wanted="slots with one A for both", do=do))
         if self.up_a is not None or self.up_b is not None:
-            got, wanted = (
-                "gate and up in tensors of their own",
-                "one tensor for both, whose rows are in the order of w13's",
-            )
+            got, wanted = "gate and up in tensors of their own", "one for both, whose rows are in the order of w13's"
             do = "Write to the tensors, or make the slots with LoRA.empty."
             raise OptionError(explain("slots to add to", got=got, wanted=wanted, do=do))
         views = {

@@ -6,10 +6,10 @@ Ours against the reference, and the two classes against each other wherever vLLM
 from __future__ import annotations
 
 import importlib.util
-from pathlib import Path
 
 import pytest
 import torch
+import vllm_driver
 
 import fusedmoe
 from fusedmoe.bench import draw_layer
@@ -33,11 +33,7 @@ every = pytest.mark.parametrize
 
 @pytest.fixture(scope="module")
 def benchmark():
-    path = Path(__file__).parents[2] / "benchmarks" / "against_vllm.py"
-    spec = importlib.util.spec_from_file_location("against_vllm", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    with torch.no_grad(), module.configuration(torch.device("cuda")):
+    with vllm_driver.driver("cuda") as module:
         yield module
 
 

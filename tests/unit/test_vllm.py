@@ -10,10 +10,10 @@ import importlib.util
 import logging
 import sys
 import types
-from pathlib import Path
 
 import pytest
 import torch
+import vllm_driver
 
 import fusedmoe
 from fusedmoe.integrations import vllm as plugin
@@ -520,17 +520,8 @@ def test_configurations_of_the_installed_vllm(form):
 @pytest.fixture
 def benchmark(monkeypatch):
     """The script that drives vLLM's modular kernel, and what vLLM wants to be there."""
-    from vllm.config import DeviceConfig, VllmConfig, set_current_vllm_config
-    from vllm.v1.worker import workspace
-
-    path = Path(__file__).parents[2] / "benchmarks" / "against_vllm.py"
-    spec = importlib.util.spec_from_file_location("against_vllm", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
     monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: None)  # which vLLM calls wherever it is
-    if not workspace.is_workspace_manager_initialized():
-        workspace.init_workspace_manager(torch.device("cpu"))
-    with torch.no_grad(), set_current_vllm_config(VllmConfig(device_config=DeviceConfig(device="cpu"))):
+    with vllm_driver.driver("cpu") as module:
         yield module
 
 

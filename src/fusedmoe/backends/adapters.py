@@ -117,15 +117,22 @@ def _strides(matrix: torch.Tensor) -> tuple[torch.Tensor, int, int, int, int]:
     return matrix, slot, expert if matrix.shape[1] > 1 else 0, row, column
 
 
-def _rows_of_b(call: Call) -> tuple[int, int]:
-    """Stride of rows of w13's B, and its ``part``, as :func:`fusedmoe.kernels.lora.row_of_b` reads them."""
+def _b(call: Call, *, of_tokens: bool) -> tuple[str, torch.Tensor, tuple[int, int, int, int, int]]:
+    """Which rows of B belong to which A, B, and its strides of slots, experts, rows and columns and its ``part``, as
+    :func:`fusedmoe.kernels.lora.row_of_b` reads them.
+    """
     held = call.lora
     assert held is not None, "a plan that shrinks has adapters"
-    stride = held.w13_b.stride(2)
-    if not held.distances:
-        return (2 * stride, stride) if _parts(call) == "alternate" else (stride, 0)
-    between = held.distances[1] // held.w13_b.element_size()
-    return stride, between - (0 if _parts(call) == "alternate" else call.problem.intermediate * stride)
+    b, slot, expert, row, column = _strides(held.w13_b if of_tokens else held.w2_b)
+    if not of_tokens or held.parts == 1:
+        return "one", b, (slot, expert, row, column, 0)
+    alternate = call.problem.gate_up == "interleaved"
+    if held.distances:
+        between = held.distances[1] // b.element_size()
+        part = between if alternate else between - call.problem.intermediate * row
+    else:
+        row, part = (2 * row, row) if alternate else (row, 0)
+    return "alternate" if alternate else "halves", b, (slot, expert, row, column, part)
 
 
 def shrink(
@@ -143,13 +150,12 @@ def shrink(
     """A x of the rows that have an adapter, by slot, into the workspace."""
     assert how.shrink is not None and call.lora is not None, "a plan that shrinks has adapters"
     config, problem = how.shrink.gate_up if of_tokens else how.shrink.down, call.problem
-    a = call.lora.w13_a if of_tokens else call.lora.w2_a
-    k = a.shape[3]
-    columns = call.lora.max_rank * (call.lora.parts if of_tokens else 1)
-    apart = of_tokens and call.lora.distances
-    part = call.lora.distances[0] // a.element_size() if apart else call.lora.max_rank * a.stride(2)
-    each, n = tl.constexpr(columns), call.lora.slots * columns
     held = call.lora
+    a = held.w13_a if of_tokens else held.w2_a
+    k = a.shape[3]
+    columns = held.max_rank * (held.parts if of_tokens else 1)
+    part = held.distances[0] // a.element_size() if of_tokens and held.distances else held.max_rank * a.stride(2)
+    each, n = tl.constexpr(columns), held.slots * columns
     sizes = tl.constexpr(problem.experts), each, tl.constexpr(held.max_rank)
     w = Shrink(*_strides(a), part, *sizes, held.scaling, held.rank, tl.constexpr(1))
     out = work["shrunk"]
@@ -234,37 +240,24 @@ def shrink(
 def steps(call: Call, work: Workspace, *, of_tokens: bool) -> Steps:
     """B v as more steps of a sum."""
     assert call.lora is not None, "a plan that shrinks has adapters"
-    held = call.lora
-    v, (b, stride_a, stride_e, stride_n, _) = work["shrunk"], _strides(held.w13_b if of_tokens else held.w2_b)
+    held, v = call.lora, work["shrunk"]
+    parts, b, (stride_a, stride_e, stride_n, _, part) = _b(call, of_tokens=of_tokens)
     columns = held.max_rank * (held.parts if of_tokens else 1)
-    stride_n, part = _rows_of_b(call) if of_tokens else (stride_n, 0)
-    parts = _parts(call) if of_tokens else "one"
-    constants = map(tl.constexpr, (columns, call.lora.max_rank, parts))
-    told = work["found"], work["blocks"], call.lora.slots
+    constants = map(tl.constexpr, (columns, held.max_rank, parts))
+    told = work["found"], work["blocks"], held.slots
     return Steps(v, v.stride(0), *told, b, stride_a, stride_e, stride_n, part, *constants)
-
-
-def _parts(call: Call) -> str:
-    """Which rows of the B of gate and up belong to which A."""
-    assert call.lora is not None, "a plan that shrinks has adapters"
-    if call.lora.parts == 1:
-        return "one"
-    return "alternate" if call.problem.gate_up == "interleaved" else "halves"
 
 
 def expanded(call: Call, how: TritonPlan, e: Epilogue, work: Workspace, *, of_tokens: bool) -> tuple[Any, Any]:
     """What an epilogue reads to add B v, and the epilogue that does."""
     held, problem = call.lora, call.problem
     assert held is not None, "a plan that shrinks has adapters"
-    b, v = held.w13_b if of_tokens else held.w2_b, work["shrunk"]
+    parts, b, strides = _b(call, of_tokens=of_tokens)
     config, gemm = (how.gate_up, problem.gate_up_gemm) if of_tokens else (how.down, problem.down_gemm)
-    parts = _parts(call) if of_tokens else "one"
     how_many = expand_block(config, gemm), gemm.steps > 0, expand_stages(config, gemm)
     constants = (parts, held.max_rank, *how_many, problem.fp32_precision)
     base = e._replace(top_k=tl.constexpr(problem.top_k))
-    b, stride_a, stride_e, stride_n, stride_r = _strides(b)
-    stride_n, part = _rows_of_b(call) if of_tokens else (stride_n, 0)
-    strides = stride_a, stride_e, stride_n, stride_r, part
+    v = work["shrunk"]
     product = (v, v.stride(0), b, *strides, problem.intermediate, *map(tl.constexpr, constants))
     adapted = AdaptedEpilogue._make((*base, *_chosen(call), *product))
     if how.single:
