@@ -9,6 +9,7 @@ outputs. At the end each compares with the layer that has all experts, and the f
 from __future__ import annotations
 
 import os
+import sys
 
 import torch
 import torch.distributed as dist
@@ -29,6 +30,8 @@ def draw(device: torch.device, dtype: torch.dtype) -> tuple[fusedmoe.FusedExpert
 @torch.no_grad()
 def main() -> None:
     """Run the layer both ways."""
+    if "RANK" not in os.environ:
+        sys.exit("Start one process a GPU: torchrun --nproc-per-node 2 examples/expert_parallel.py")
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
     if on_gpu:

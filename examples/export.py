@@ -47,13 +47,15 @@ def main(directory: Path) -> None:
     exported = torch.export.export(layer, (example,), dynamic_shapes=({0: tokens},))
     torch.export.save(exported, directory / "layer.pt2")
     loaded = torch.export.load(directory / "layer.pt2")
-    package = torch._inductor.aoti_compile_and_package(loaded, package_path=str(directory / "compiled.pt2"))
-    compiled = torch._inductor.aoti_load_package(package)
+    programs = {"exported": loaded.module()}
+    if device.type == "cpu":  # on a GPU torch 2.11 dies when it loads a package, that of one linear layer, too
+        package = torch._inductor.aoti_compile_and_package(loaded, package_path=str(directory / "compiled.pt2"))
+        programs["compiled"] = torch._inductor.aoti_load_package(package)
     for count in (1, 5, 77):
         hidden = torch.randn(count, HIDDEN, device=device)
-        for name, program in (("exported", loaded.module()), ("compiled", compiled)):
+        for name, program in programs.items():
             torch.testing.assert_close(program(hidden), layer(hidden), msg=f"{name}, {count} tokens")
-    print(f"exported and compiled for any number of tokens on {device.type}; both agree with the layer")
+    print(f"{' and '.join(programs)} for any number of tokens on {device.type}: as the layer")
 
 
 if __name__ == "__main__":

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,7 +18,7 @@ from fusedmoe.functional import fused_experts, workspace_bytes
 from fusedmoe.plan.planner import support
 from fusedmoe.schemes import SCHEMES, format_of
 from fusedmoe.spec.activation import REQUIRED, TABLE, Activation
-from fusedmoe.target import target_of
+from fusedmoe.target import Target, target_of
 from fusedmoe.testing.cases import Case
 from fusedmoe.testing.verify import verify
 
@@ -45,33 +48,72 @@ class _Machine:
     backend: str | None
 
 
-def selftest(device: torch.device, backend: str | None = None) -> Iterator[Result]:
-    """Test every capability on a device, one result at a time; never raises for a capability that fails."""
+class _Test(NamedTuple):
+    """``run(machine, case, name)`` is what it comes to."""
+
+    name: str
+    run: Callable[[_Machine, Case, str], Result]
+    machine: _Machine
+    case: Case
+
+
+#: Processes that compile at most.
+MOST = 16
+
+
+def selftest(device: torch.device, backend: str | None = None, jobs: int | None = None) -> Iterator[Result]:
+    """Test every capability on a device, one result at a time; never raises for a capability that fails.
+
+    On a GPU ``jobs`` processes (None: as many as there are processors, 16 at most) compile what the tests launch, which
+    is most of a first run's time.
+    """
     target = target_of(device)
     old = target.vendor == "nvidia" and target.capability < 80
     case = Case.of((33, 3, 8, 128, 96), dtype="float16" if old else "bfloat16")
-    for name, test in _tests(_Machine(device=device, backend=backend), case):
-        try:
-            with torch.no_grad():
-                yield test(name)
-        except Exception as error:  # noqa: BLE001 - a kernel that does not compile is a result, and others may work
-            lines = str(error).strip().splitlines() or [""]
-            yield Result(name=name, ok=False, error=None, tolerance=None, detail=f"{type(error).__name__}: {lines[0]}")
+    tests = list(_tests(_Machine(device=device, backend=backend), case))
+    with ExitStack() as stack:
+        compiled: dict[str, Future[None]] = {}
+        jobs = jobs or min(MOST, os.cpu_count() or 1)
+        if device.type == "cuda" and jobs > 1:
+            context = multiprocessing.get_context("spawn")  # a fork would have the device of this process
+            pool = stack.enter_context(ProcessPoolExecutor(jobs, context))
+            compiled = {test.name: pool.submit(_compile, target, test.machine.backend, test.case) for test in tests}
+        for test in tests:
+            if test.name in compiled:
+                compiled[test.name].exception()  # what could not be compiled there says so here
+            try:
+                with torch.no_grad():
+                    yield test.run(test.machine, test.case, test.name)
+            except Exception as error:  # noqa: BLE001 - a kernel that does not compile is a result, and others may work
+                what = (str(error).strip().splitlines() or [""])[0]
+                detail = f"{type(error).__name__}: {what}"
+                yield Result(name=test.name, ok=False, error=None, tolerance=None, detail=detail)
 
 
-def _tests(machine: _Machine, case: Case) -> Iterator[tuple[str, Callable[[str], Result]]]:
+def _compile(target: Target, backend: str | None, case: Case) -> None:
+    """Compile what a test launches into Triton's cache on disk, in a process that never touches the device."""
+    from fusedmoe.backends import elsewhere
+    from fusedmoe.backends.launch import only_compiling
+
+    torch.set_num_threads(1)
+    arguments, options = case.draw(torch.device("cpu"))
+    with torch.no_grad(), elsewhere.compiling_for(target), only_compiling():
+        fused_experts(*arguments, backend=backend, **options)
+
+
+def _tests(machine: _Machine, case: Case) -> Iterator[_Test]:
     few, many = (replace(case, tokens=n_tokens) for n_tokens in (3, 300))
     for name, variant in (*_variants(case), *_quantised(case)):
-        yield name, partial(_compare, machine, variant)
+        yield _Test(name, _compare, machine, variant)
     if machine.backend in (None, "auto"):
         yield from _on_every_backend(machine, replace(case, tokens=600))
-    yield "no tokens", partial(_no_tokens, machine, case)
-    yield "same bits again, few tokens", partial(_same_bits, machine, few)
-    yield "same bits again, many tokens", partial(_same_bits, machine, many)
-    yield "torch.compile", partial(_compiled, machine, case)
+    yield _Test("no tokens", _no_tokens, machine, case)
+    yield _Test("same bits again, few tokens", _same_bits, machine, few)
+    yield _Test("same bits again, many tokens", _same_bits, machine, many)
+    yield _Test("torch.compile", _compiled, machine, case)
     if machine.device.type == "cuda" and machine.backend != "torch":
-        yield "CUDA graph, few tokens", partial(_graph, machine, few)
-        yield "CUDA graph, many tokens", partial(_graph, machine, many)
+        yield _Test("CUDA graph, few tokens", _graph, machine, few)
+        yield _Test("CUDA graph, many tokens", _graph, machine, many)
 
 
 def _variants(case: Case) -> Iterator[tuple[str, Case]]:
@@ -110,7 +152,7 @@ def _quantised(case: Case) -> Iterator[tuple[str, Case]]:
     yield "emulated products of codes", replace(quantised, emulate=True)
 
 
-def _on_every_backend(machine: _Machine, case: Case) -> Iterator[tuple[str, Callable[[str], Result]]]:
+def _on_every_backend(machine: _Machine, case: Case) -> Iterator[_Test]:
     """What each backend that the planner may choose takes, since it chooses by the number of tokens."""
     quantised = [form for form in map(format_of, SCHEMES) if form.inputs is not None]
     target = target_of(machine.device)
@@ -120,7 +162,7 @@ def _on_every_backend(machine: _Machine, case: Case) -> Iterator[tuple[str, Call
         for backend in (name for name, against in reasons.items() if not against):
             form = variant.formats[0]
             kind = variant.dtype if form is None else f"scheme {form.scheme}"
-            yield f"backend {backend}, {kind}", partial(_compare, replace(machine, backend=backend), variant)
+            yield _Test(f"backend {backend}, {kind}", _compare, replace(machine, backend=backend), variant)
 
 
 def _run(machine: _Machine, arguments: tuple[Any, ...], options: dict[str, Any]) -> Tensor:

@@ -281,9 +281,9 @@ def test_env():
 def test_check(monkeypatch):
     good = selftest.Result(name="one", ok=True, error=1e-3, tolerance=1e-2)
     bad = selftest.Result(name="two", ok=False, error=None, tolerance=None, detail="RuntimeError: [no] way")
-    monkeypatch.setattr(selftest, "selftest", lambda device, backend: iter([good]))
+    monkeypatch.setattr(selftest, "selftest", lambda device, backend, jobs: iter([good]))
     assert "1 of 1 passed on cpu" in invoke("check").stdout
-    monkeypatch.setattr(selftest, "selftest", lambda device, backend: iter([good, bad]))
+    monkeypatch.setattr(selftest, "selftest", lambda device, backend, jobs: iter([good, bad]))
     shown = invoke("check", code=1).stdout
     assert "FAIL" in shown and "RuntimeError: [no] way" in shown and "1 of 2 passed" in shown
     found = data("check", "--json", code=1)

@@ -7,28 +7,16 @@ from __future__ import annotations
 
 import re
 import shlex
-import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-import torch
+from pages import CODE, PAGES, ROOT, WITH_PYTHON, blocks, names_of_a_reader, run_page
 
 import fusedmoe
-from fusedmoe.cli.sample import SIZES, write_sample
+from fusedmoe.cli.sample import write_sample
 
 pytest.importorskip("transformers")
-
-ROOT = Path(__file__).parents[2]
-PAGES = sorted((ROOT / "docs").glob("*.md"))
-CODE = re.compile(r"^```(python|console)\n(.*?)^```", re.MULTILINE | re.DOTALL)
-#: What a reader has and this machine has not, and what stands for it.
-INSTEAD = {'"cuda"': '"cpu"', "layer=3": "layer=1", '"path/to/checkpoint"': "path"}
-
-
-def blocks(page: Path, kind: str) -> list[str]:
-    return [code for found, code in CODE.findall(page.read_text(encoding="utf-8")) if found == kind]
 
 
 @pytest.fixture(scope="module")
@@ -38,47 +26,11 @@ def checkpoint(tmp_path_factory):
     return path
 
 
-@pytest.fixture
-def names(checkpoint, monkeypatch, tmp_path):
-    """The reader's own: a model by its name, a checkpoint, tokens with their experts, a process group."""
-    import transformers
-
-    load = transformers.AutoModelForCausalLM.from_pretrained
-
-    def from_pretrained(_name, device_map=None, **options):
-        return load(checkpoint, **options)
-
-    ids = torch.tensor([[1, 2, 3]])
-    encoding = transformers.BatchEncoding({"input_ids": ids})
-    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", from_pretrained)
-    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda _name: lambda _text, **_: encoding)
-    monkeypatch.chdir(tmp_path)  # blocks write files
-    weights, experts = fusedmoe.softmax_topk(torch.randn(6, SIZES["num_experts"]), 8, renormalize=True)
-    hidden = torch.randn(6, SIZES["hidden_size"], dtype=torch.bfloat16)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
-    yield {
-        "torch": torch,
-        "path": checkpoint,
-        "model": load(checkpoint, dtype="bfloat16"),
-        "inputs": {"input_ids": ids},
-        "input_ids": ids,
-        "num_experts": SIZES["num_experts"],
-        "hidden_states": hidden,
-        "topk_weights": weights,
-        "topk_ids": experts,
-    }
-    torch.distributed.destroy_process_group()
-
-
 @pytest.mark.filterwarnings("default:.*treespec:FutureWarning")  # of AOTInductor's own loader
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.name)
-def test_every_block_of_code_runs(page, names):
-    for code in blocks(page, "python"):
-        if "aoti" in code and shutil.which("g++") is None:
-            continue
-        for theirs, ours in INSTEAD.items():
-            code = code.replace(theirs, ours)  # noqa: PLW2901
-        exec(compile(code, f"{page.name}: {code.splitlines()[0]}", "exec"), names)
+@pytest.mark.parametrize("page", WITH_PYTHON, ids=lambda page: page.name)
+def test_every_block_of_code_runs(page, checkpoint, tmp_path, monkeypatch):
+    with names_of_a_reader(checkpoint, tmp_path, monkeypatch, "cpu") as names:
+        run_page(page, names, "cpu")
 
 
 def test_every_command_that_only_reads_runs():

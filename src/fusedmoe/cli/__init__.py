@@ -14,12 +14,12 @@ from fusedmoe.errors import FusedMoEError, explain
 
 def main() -> int:
     """Run the command in ``sys.argv``. Exits with 0 (fine), 1 (a result was wrong) or 2 (usage, library error)."""
-    for package in ("typer", "rich"):
+    for package in ("torch", "typer", "rich"):
         if importlib.util.find_spec(package) is None:
-            if sys.argv[1:] in (["env"], ["env", "--json"]):
+            if package != "torch" and sys.argv[1:] in (["env"], ["env", "--json"]):
                 return _env()
             got, do = f"no package {package}", 'Run pip install "fusedmoe[cli]".'
-            sys.stderr.write(f"error: {explain('the command line', got=got, wanted='typer and rich', do=do)}\n")
+            sys.stderr.write(f"error: {explain('the command line', got=got, wanted='torch, typer and rich', do=do)}\n")
             return 2
     from fusedmoe.cli.app import app
 

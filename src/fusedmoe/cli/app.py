@@ -189,7 +189,10 @@ def check(
         int | None, typer.Option(min=1, help="Run so many random problems instead, against the reference.")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Of the random problems; drawn, and printed, when left out.")] = None,
-    jobs: Annotated[int, typer.Option(min=1, help="Processes that share the random problems and compile.")] = 1,
+    jobs: Annotated[
+        int | None,
+        typer.Option(min=1, help="Processes that compile, as many as CPUs, at most 16; or share random problems, 1."),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Test every capability on this machine's device, one line each; or random problems."""
@@ -198,10 +201,10 @@ def check(
 
     where = device_from(device)
     if fuzz is not None:
-        _fuzz(where, fuzz, seed, jobs, json=json)
+        _fuzz(where, fuzz, seed, jobs or 1, json=json)
         return
     results = []
-    for result in selftest(where, backend):
+    for result in selftest(where, backend, jobs):
         results.append(result)
         if not json:
             show.capability(result)
