@@ -34,7 +34,8 @@ class ExpertMatrix:
     Attributes:
         format: of the codes, and of the rows that they multiply.
         data: [E, N, K] codes, or [E, N, K / 2] uint8 with two codes in a byte, the even k in the low nibble.
-        scale: [E, rows, columns]: rows N, ceil(N / bn) or 1, columns ceil(K / bk) or 1.
+        scale: [E, rows, columns]: rows N, ceil(N / bn) or 1, columns ceil(K / bk) or 1. In bfloat16 on an NVIDIA GPU
+            those of mxfp4 are infinite above 2^33, and vanish below 2^-100.
         zero: [E, N, columns] uint8 zero points; of int4 [E, ceil(N / 2), columns], the even n in the low nibble.
             Without them unsigned codes are shifted by 128 (uint8) or 8 (int4).
         tensor_scale: [E] float32.

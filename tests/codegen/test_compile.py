@@ -333,6 +333,18 @@ def test_decoded_weights_of_gpt_oss_do_not_spill(form, options):
     assert [kernel.name for kernel in compiled if kernel.stack_bytes] == []
 
 
+@pytest.mark.parametrize("sizes", [(2048, 768), (2880, 2880)], ids=str)
+@pytest.mark.parametrize("tokens", [8, 128, 512, 8192])
+def test_scales_of_a_row_are_loaded_together(tokens, sizes):
+    """Not byte by byte, of 32 rows at a time, which takes the level-1 cache longer than all of the weights."""
+    _, plan, compiled = compile_layer(
+        "sm_90", (tokens, 4, 32, *sizes), torch.bfloat16, format_of("mxfp4"), "auto" if tokens == 8192 else "triton"
+    )
+    assert plan.gate_up.words and plan.gate_up.specialised == (tokens == 8192)
+    kernels = [kernel for kernel in compiled if kernel.name.startswith("grouped_gemm")]
+    assert [kernel.count(r"LDG\.E\.U8[.\w]*") for kernel in kernels] == [0, 0]
+
+
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
 @pytest.mark.parametrize(
     ("form", "intermediate", "wide"),

@@ -9,8 +9,9 @@ import torch
 
 import fusedmoe
 from fusedmoe import reference
+from fusedmoe.schemes import format_of
 from fusedmoe.testing.cases import OPTIONS, Case, pairwise, quantised_cases, run_poisoned
-from fusedmoe.testing.verify import TOLERANCE, relative_error
+from fusedmoe.testing.verify import TOLERANCE, expected, relative_error, tolerance
 
 pytestmark = [
     pytest.mark.gpu,
@@ -63,6 +64,27 @@ def test_scheme_grid(index):
     case = QUANTISED[index]
     _, error = run_poisoned(case, "cuda", seed=index)
     assert error < case.tolerance, case
+
+
+@pytest.mark.parametrize("tokens", [1, 8, 300, 3000])
+def test_scales_of_all_powers_of_two(tokens):
+    """Row n of w2 has scale 2^(n - 127), the last one NaN. Where a pair of bfloat16 has no room for it, results may be
+    infinite, or vanish, but are not silently others.
+    """
+    form = format_of("mxfp4")
+    (hidden, w13, w2, *routed), options = Case.of((tokens, 2, 4, 256, 128), formats=(form, form)).draw("cuda", seed=1)
+    bytes_of_rows = torch.arange(256, device="cuda", dtype=torch.uint8)
+    ones = fusedmoe.ExpertMatrix(form, w2.data, torch.full_like(w2.scale, 127))
+    w2 = fusedmoe.ExpertMatrix(form, w2.data, bytes_of_rows[None, :, None].expand_as(w2.scale).contiguous())
+    power = torch.arange(256, device="cuda") - 127
+    out = fusedmoe.fused_experts(hidden, w13, w2, *routed, **options).double()
+    want = expected((hidden, w13, ones, *routed), options)
+    off = ((out * torch.exp2(-power.double()) - want) / want.std()).abs()
+    inside, below, above = (power >= -90) & (power <= 33), power < -90, (power > 33) & (power < 120)
+    assert off[:, inside].norm() < 2 * tolerance(torch.bfloat16, form, form) * off[:, inside].numel() ** 0.5
+    assert out[:, below].abs().max() < 1e-24
+    assert ((off < 0.1) | ~out.isfinite())[:, above].all()
+    assert not out[:, power == 128].isfinite().any()
 
 
 def test_graph_replays_with_other_routing():

@@ -35,7 +35,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from fusedmoe.kernels.epilogue import weight_of
 from fusedmoe.kernels.lora import row_of_b
-from fusedmoe.kernels.scales import none, of_rows, of_whole_rows, of_words, row_of
+from fusedmoe.kernels.scales import groups_of_step, none, of_places, of_rows, of_whole_rows, row_of
 from fusedmoe.kernels.step import add_scaled
 from fusedmoe.kernels.store import write
 from fusedmoe.kernels.tiles import scheduled_tile
@@ -369,22 +369,44 @@ def _words(count, step):
     return gl.DistributedLinearLayout(registers, lanes, [[16 * step, 0], [32 * step, 0]], [], [64 * step, count])
 
 
+@gluon.constexpr_function
+def _words_of_groups(count, groups):
+    """The same, as words [64, groups, words of a group]."""
+    each = count // groups
+    places = [1 << bit for bit in range(count.bit_length() - 1)]
+    places = [[0, 0, place] if place < each else [0, place // each, 0] for place in places]
+    registers = [*places[2:], [8, 0, 0]]
+    lanes = [*places[:2], [1, 0, 0], [2, 0, 0], [4, 0, 0]]
+    return gl.DistributedLinearLayout(registers, lanes, [[16, 0, 0], [32, 0, 0]], [], [64, groups, each])
+
+
 @gluon.jit
-def _scale_of_words(w, expert, n, k, PART: gl.constexpr, LIMIT: gl.constexpr, K: gl.constexpr, MATH: gl.constexpr,
-                    PER_ITEM: gl.constexpr, OF_WORDS: gl.constexpr):  # fmt: skip
-    """What the words of rows n [.., 1] from columns k [1, ..] on are multiplied by as they are decoded."""
+def _scale_of_words(
+    w, expert, n0, k, PART: gl.constexpr, EVERY: gl.constexpr, LIMIT: gl.constexpr, K: gl.constexpr,
+    MATH: gl.constexpr, PER_ITEM: gl.constexpr, BLOCK_K: gl.constexpr, OF_WORDS: gl.constexpr,
+):  # fmt: skip
+    """What the words of rows ``n0, n0 + EVERY ...`` in the step at k are multiplied by as they are decoded."""
     if OF_WORDS:
-        return scale_of_words(of_words(w, expert, n, n < LIMIT, k, PART, K), MATH, PER_ITEM)
+        COUNT: gl.constexpr = BLOCK_K // PER_ITEM
+        GROUPS: gl.constexpr = max(BLOCK_K // w.scale.block_k, 1)
+        LAYOUT: gl.constexpr = _words_of_groups(COUNT, GROUPS)
+        TABLE: gl.constexpr = gl.SliceLayout(2, LAYOUT)
+        n = (n0 + EVERY * gl.arange(0, 64, gl.SliceLayout(1, TABLE)))[:, None]
+        index = gl.arange(0, GROUPS, gl.SliceLayout(0, TABLE))[None, :]
+        group, there = groups_of_step(k, index, n < LIMIT, w.scale.block_k, K, BLOCK_K)
+        s = scale_of_words(of_places(w, expert, n, there, group, PART), MATH, PER_ITEM)
+        s, _ = gl.broadcast(s[:, :, None], gl.zeros((64, GROUPS, COUNT // GROUPS), s.dtype, LAYOUT))
+        return gl.convert_layout(gl.reshape(s, (64, COUNT)), _words(COUNT, 1), assert_trivial=True)
     else:
         return 0.0
 
 
 @gluon.jit
 def _sum_of_words(
-    rows, weights, ready, empty, stage, phase, k_end, w, expert, left_n, right_n,
-    CONSUMER: gl.constexpr, GATHER: gl.constexpr, PARTS: gl.constexpr, PAIRS: gl.constexpr, LIMIT: gl.constexpr,
-    MATH: gl.constexpr, ELEMENT: gl.constexpr, OF_WORDS: gl.constexpr, K: gl.constexpr, BLOCK_K: gl.constexpr,
-    STAGES: gl.constexpr,
+    rows, weights, ready, empty, stage, phase, k_end, w, expert, n0, second,
+    CONSUMER: gl.constexpr, GATHER: gl.constexpr, PARTS: gl.constexpr, PAIRS: gl.constexpr, EVERY: gl.constexpr,
+    LIMIT: gl.constexpr, MATH: gl.constexpr, ELEMENT: gl.constexpr, OF_WORDS: gl.constexpr, K: gl.constexpr,
+    BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Two sums of 64 columns, as [columns, rows]. Weights are decoded on their way to registers, as the left operand:
     while one consumer decodes, the other multiplies.
@@ -396,9 +418,8 @@ def _sum_of_words(
     WORDS: gl.constexpr = _words(COUNT, 1)
     left = gl.zeros((64, BLOCK_M), gl.float32, SUM)
     right = gl.zeros((64, BLOCK_M), gl.float32, SUM)
-    column = PER_ITEM * gl.arange(0, COUNT, gl.SliceLayout(0, WORDS))[None, :]
-    s_left = _scale_of_words(w, expert, left_n, column, 0, LIMIT, K, MATH, PER_ITEM, OF_WORDS)
-    s_right = _scale_of_words(w, expert, right_n, column, PARTS - 1, LIMIT, K, MATH, PER_ITEM, OF_WORDS)
+    s_left = _scale_of_words(w, expert, n0, 0, 0, EVERY, LIMIT, K, MATH, PER_ITEM, BLOCK_K, OF_WORDS)
+    s_right = _scale_of_words(w, expert, second, 0, PARTS - 1, EVERY, LIMIT, K, MATH, PER_ITEM, BLOCK_K, OF_WORDS)
     for k in range(0, k_end, BLOCK_K):
         mbarrier.wait(ready.index(stage), phase)
         if PARTS == 2:
@@ -421,9 +442,11 @@ def _sum_of_words(
         a_right = numbers(right_words, None, s_right if OF_WORDS else None, MATH, ELEMENT, PER_ITEM, 64, BLOCK_K)
         a_right = gl.convert_layout(a_right, OPERAND, assert_trivial=True)
         right = warpgroup_mma(a_right, b, right, is_async=True)
-        ahead = k + BLOCK_K + column
-        s_left = _scale_of_words(w, expert, left_n, ahead, 0, LIMIT, K, MATH, PER_ITEM, OF_WORDS)
-        s_right = _scale_of_words(w, expert, right_n, ahead, PARTS - 1, LIMIT, K, MATH, PER_ITEM, OF_WORDS)
+        ahead = k + BLOCK_K
+        s_left = _scale_of_words(w, expert, n0, ahead, 0, EVERY, LIMIT, K, MATH, PER_ITEM, BLOCK_K, OF_WORDS)
+        s_right = _scale_of_words(
+            w, expert, second, ahead, PARTS - 1, EVERY, LIMIT, K, MATH, PER_ITEM, BLOCK_K, OF_WORDS
+        )
         left, right = warpgroup_mma_wait(0, deps=(left, right))
         mbarrier.arrive(empty.index(stage), count=1)
         stage, phase = _next(stage, phase, STAGES)
@@ -589,11 +612,10 @@ def _consume(
             if SUM == "running":  # long before they are needed; sums of groups leave no registers for them
                 slot, live, r, weight = _facts(schedule, x, e, mine, end, LAYOUT, ROWS)
             if DECODED:
-                WORD_ROWS: gl.constexpr = gl.SliceLayout(1, _words(weights.shape[2], 1))
-                n = EVERY * gl.arange(0, SHARE // 2, WORD_ROWS)[:, None]
                 left, right, stage, phase = _sum_of_words(
-                    rows, weights, ready, empty, stage, phase, k_end, w, expert, n0 + n, second + n,
-                    CONSUMER, GATHER, PARTS, PAIRS, LIMIT, MATH, ELEMENT, LOAD_SCALES is not none, K, BLOCK_K, STAGES,
+                    rows, weights, ready, empty, stage, phase, k_end, w, expert, n0, second,
+                    CONSUMER, GATHER, PARTS, PAIRS, EVERY, LIMIT, MATH, ELEMENT, LOAD_SCALES is not none, K, BLOCK_K,
+                    STAGES,
                 )  # fmt: skip
             elif SUM == "groups":
                 left, right, stage, phase = _sum_of_groups(

@@ -138,9 +138,10 @@ class BlockScale(NamedTuple):
     """
 
     ptr: object  #       [E, rows, columns]; float, or bytes of ``kind`` "e8m0" or "e4m3"
-    stride_e: object
+    stride_e: object  #  in units, as stride_n
     stride_n: object
     stride_k: object
+    unit: object  #      constexpr, as of Weight
     up: object
     phase: object
     block_n: object  #   constexpr, as what follows

@@ -10,6 +10,9 @@ import triton
 import triton.language as tl
 
 from fusedmoe.kernels.decode import e4m3, power_of_two
+from fusedmoe.kernels.words import E2M1_PAIR, LIFT
+
+LIFTED = tl.constexpr(2.0**LIFT.value)
 
 
 @triton.jit
@@ -18,6 +21,8 @@ def _value(raw, KIND: tl.constexpr):
         return power_of_two(raw)
     elif KIND == "e4m3":
         return e4m3(raw, 0.0)
+    elif KIND == E2M1_PAIR:
+        return tl.minimum(raw.to(tl.uint32) + (126 - LIFT), 255) * 0x00800080
     else:
         return raw.to(tl.float32)
 
@@ -25,7 +30,8 @@ def _value(raw, KIND: tl.constexpr):
 @triton.jit
 def _block(s, expert, row, group):
     """Address of the scale in a row and column of scales."""
-    return s.ptr + expert.to(tl.int64) * s.stride_e + row.to(tl.int64) * s.stride_n + group.to(tl.int64) * s.stride_k
+    base = s.ptr + expert.to(tl.int64) * s.stride_e * s.unit
+    return base + row.to(tl.int64) * s.stride_n * s.unit + group.to(tl.int64) * s.stride_k
 
 
 @triton.jit
@@ -83,11 +89,15 @@ def of_groups(w, expert, n, n0, inside, k0, PART: tl.constexpr, K: tl.constexpr,
     A step within one group has it twice: Triton would move the scale of each word of a single column through shared
     memory.
     """
-    UNIT: tl.constexpr = min(w.scale.block_k, BLOCK_K // 2)
-    group = (k0 + UNIT * tl.arange(0, BLOCK_K // UNIT)) // w.scale.block_k
-    group = tl.minimum(group, (K - 1) // w.scale.block_k)[None, :]
     there = inside[:, None]
-    s = _of_places(w, expert, n[:, None], there, group, PART)
+    if w.scale.block_k <= BLOCK_K // 4:
+        index = tl.arange(0, BLOCK_K // w.scale.block_k)[None, :]
+        group, there = groups_of_step(k0, index, there, w.scale.block_k, K, BLOCK_K)
+    else:
+        # Seen side by side, as below, Triton would take the layout of two, and move decoded weights through memory.
+        group = (k0 + BLOCK_K // 2 * tl.arange(0, 2)) // w.scale.block_k
+        group = tl.minimum(group, (K - 1) // w.scale.block_k)[None, :]
+    s = of_places(w, expert, n[:, None], there, group, PART)
     if w.zero is None:
         return s, 0.0
     else:
@@ -95,16 +105,26 @@ def of_groups(w, expert, n, n0, inside, k0, PART: tl.constexpr, K: tl.constexpr,
 
 
 @triton.jit
-def _of_places(w, expert, n, there, group, PART: tl.constexpr):
-    """Scales, each row its own, of columns n [.., 1] in groups [1, ..]."""
-    row = n + PART * (w.scale.up + w.scale.phase)
-    return _value(tl.load(_block(w.scale, expert, row, group), mask=there, other=0), w.scale.kind)
+def groups_of_step(k0, index, there, GROUP: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Groups of the step at k0, ``index`` [1, number of groups] of them, and which of ``there`` [.., 1] have them.
+
+    Those of a row lie side by side, and are loaded together: one by one a load would have 32 rows, a line of the cache
+    each.
+    """
+    GROUPS: tl.constexpr = max(BLOCK_K // GROUP, 1)
+    if GROUPS == 1:
+        return tl.minimum(k0, K - 1) // GROUP + index, there
+    first = tl.multiple_of(tl.minimum(k0, (K - 1) // BLOCK_K * BLOCK_K) // GROUP, GROUPS)
+    if K % BLOCK_K != 0:
+        there = there & (first + index < (K - 1) // GROUP + 1)  # a number of which Triton may see a divisor
+    return first + index, there
 
 
 @triton.jit
-def of_words(w, expert, n, there, k, PART: tl.constexpr, K: tl.constexpr):
-    """Scales of the words that hold the codes from columns k [1, ..] on, of rows n [.., 1]."""
-    return _of_places(w, expert, n, there, tl.minimum(k, K - 1) // w.scale.block_k, PART)
+def of_places(w, expert, n, there, group, PART: tl.constexpr):
+    """Scales, each row its own, of columns n [.., 1] in groups [1, ..]."""
+    row = n + PART * (w.scale.up + w.scale.phase)
+    return _value(tl.load(_block(w.scale, expert, row, group), mask=there, other=0), w.scale.kind)
 
 
 # --- of CHUNK columns of K each, from k0 on, which lie in one group; of several experts [J] at once --------
@@ -200,6 +220,8 @@ def finish(acc, x, w, r, expert, n, n0, inside, PART: tl.constexpr):
             acc = acc * s
         else:
             acc = acc * s[None, :]
+    if w.scale.kind == E2M1_PAIR:
+        acc = acc * LIFTED
     if w.tensor_scale is not None:
         acc = acc * tl.load(w.tensor_scale + expert.to(tl.int64) * w.tensor_scale_stride)
     return acc

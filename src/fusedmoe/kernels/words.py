@@ -17,25 +17,31 @@ import triton.language as tl
 
 from fusedmoe.kernels.decode import spread
 
-# Pairs of 16-bit floats: 1, 2^k whose lowest mantissa bits hold a code; where e2m1 belongs, and what it is then
-# multiplied by: the difference of the biases.
+# Pairs of 16-bit floats: 1; 2^k whose lowest mantissa bits hold a code; what e2m1 is multiplied by where it belongs,
+# the difference of the biases; and that place in float16.
 _ONE = {"bf16": 0x3F803F80, "f16": 0x3C003C00}
 _MAGIC = {"bf16": 0x43004300, "f16": 0x64006400}
-_E2M1_AT = {"bf16": 6, "f16": 9}
 _E2M1_BY = {"bf16": 0x7E807E80, "f16": 0x74007400}
+_E2M1_AT = 9
 _MINUS_0 = 0x80008000
+#: A type of scales, of e2m1 that becomes bfloat16: byte b of e8m0, 2^(b - 127), as the pair 2^(b - 127 + 126 - LIFT).
+#: One multiplication then does both, 126 being the difference of the biases. LIFT keeps pairs in range for scales of up
+#: to 2^(LIFT + 1), above which they are infinite; what follows the sum takes it back (kernels/scales.py).
+E2M1_PAIR = tl.constexpr("e2m1 pair")
+LIFT = tl.constexpr(32)
 
 
 @functools.cache
-def assembly(element: str, math: str, *, zero: int | None, scaled: bool) -> str:
+def assembly(element: str, math: str, *, zero: int | None, scaled: bool, pairs: bool = False) -> str:
     """PTX that decodes one word into 8 or 4 numbers of type ``math``.
 
     Operands after the numbers: the word; then, where they vary, what is added to an integer to take its zero point away
-    (``zero`` None), and the scale (``scaled``).
+    (``zero`` None), and the scale (``scaled``), of e2m1 in bfloat16 as an E2M1_PAIR (``pairs``).
     """
     kind = {"bfloat16": "bf16", "float16": "f16"}[math]
-    decode = _eight_bit if element in ("int8", "uint8") else _four_bit
-    return decode(element, kind, zero, scaled)
+    if element in ("int8", "uint8"):
+        return _eight_bit(element, kind, zero, scaled)
+    return _four_bit(element, kind, zero, scaled, pairs)
 
 
 def _shift(source: str, target: str, left: int) -> str:
@@ -51,8 +57,8 @@ def _minus(value: float, kind: str) -> int:
     return half * 0x10001
 
 
-def _four_bit(element: str, kind: str, zero: int | None, scaled: bool) -> str:
-    lines = [".reg .b32 s, v, one, by, none, minus;", f"mov.b32 one, {_ONE[kind]:#x};"]
+def _four_bit(element: str, kind: str, zero: int | None, scaled: bool, pairs: bool) -> str:
+    lines = [".reg .b32 h, s, v, one, by, none, minus;", f"mov.b32 one, {_ONE[kind]:#x};", "shr.u32 h, $8, 8;"]
     known = _minus({"bf16": 128.0, "f16": 1024.0}[kind] + (zero or 0), kind)
     lines.append("mov.b32 minus, $9;" if zero is None else f"mov.b32 minus, {known:#x};")
     lines += [f"mov.b32 by, {_E2M1_BY[kind]:#x};", f"mov.b32 none, {_MINUS_0:#x};"]
@@ -63,15 +69,25 @@ def _four_bit(element: str, kind: str, zero: int | None, scaled: bool) -> str:
                 f"lop3.b32 v, s, 0x000F000F, {_MAGIC[kind]:#x}, 0xEA;",  # (s & mask) | magic
                 f"fma.rn.{kind}x2 v, v, one, minus;",
             ]
+        elif kind == "bf16":
+            # Sign and magnitude are brought to their places by one multiplication, which the pipe of floats does: two
+            # copies of a code, 6 and 12 bits further up, do not meet, so nothing is carried.
+            at = 4 * (j % 2)
+            lines += [
+                f"and.b32 v, {'$8' if j < 2 else 'h'}, {0x000F000F << at:#x};",
+                f"mul.lo.u32 v, v, {0x1040 >> at:#x};",
+                "and.b32 v, v, 0x81C081C0;",
+            ]
         else:
-            at = _E2M1_AT[kind]
+            at = _E2M1_AT
             lines += [
                 _shift("$8", "s", 12 - 4 * j),
                 f"and.b32 s, s, {_MINUS_0:#x};",
                 _shift("$8", "v", at - 4 * j),
                 f"lop3.b32 v, v, {(7 << at) * 0x10001:#x}, s, 0xEA;",
-                f"fma.rn.{kind}x2 v, v, by, none;",
             ]
+        if element == "e2m1" and not pairs:
+            lines.append(f"fma.rn.{kind}x2 v, v, by, none;")
         if scaled:
             lines.append(f"fma.rn.{kind}x2 v, v, ${10 if zero is None else 9}, none;")
         lines.append(f"mov.b32 {{${2 * j}, ${2 * j + 1}}}, v;")
@@ -144,7 +160,7 @@ def _taken_away(zero, MATH: tl.constexpr, PER_ITEM: tl.constexpr):
 @triton.jit
 def scale_of_words(s, MATH: tl.constexpr, PER_ITEM: tl.constexpr):
     """A scale as codes are multiplied by it: 4-bit ones in pairs of type MATH, others before they are of it."""
-    if PER_ITEM == 8:
+    if PER_ITEM == 8 and s.dtype == tl.float32:
         return _twice(s, MATH)
     else:
         return s

@@ -414,9 +414,11 @@ def _decoded(problem: Problem, target: Target, block_m: int, gemm: Gemm, *, gate
     if block_m == 16:
         return _streamed(problem, target, gemm, words, gate_up=gate_up)
     if block_m == 32:
-        return replace(words, stages=3 if gate_up else 4)
+        if gate_up and _long_rows(gemm):
+            return replace(words, block_k=256, stages=3)
+        return replace(words, stages=3 if gate_up or 0 < group < 128 else 4)
     if block_m == 64:
-        return short if 0 < group < 128 else replace(words, stages=3) if gate_up else words
+        return replace(words, stages=3) if gate_up else words
     if gate_up and 0 < group < 128 and (gemm.format.zero or gemm.inputs):
         return replace(short, block_m=64)  # zero points or scales of rows as well: registers for half the rows
     if gate_up:
@@ -432,21 +434,30 @@ def _streamed(problem: Problem, target: Target, gemm: Gemm, words: KernelConfig,
     """The step of decoded weights that few rows meet.
 
     What waits, decodes and multiplies in turn is hidden by other programs of its multiprocessor while there are many,
-    and by a longer step while there are few. Stages beyond what that takes cost: scales are loaded 4 bytes a row, and
-    the rest of their sectors has to stay in L1, which has what buffers leave (mxfp4, mixtral-8x7b, T = 8 on an H200:
-    396 us, with 3 stages of gate-up for 5 365; int4, dsv3-tp8, T = 32: 299, by steps of 256 for 128 247).
+    and by a longer step while there are few. A step of 256 codes of 4 bits is also a whole line of 128 bytes of a row,
+    of which a load has half as many, and memory is asked for both halves at once. Stages beyond what that takes cost:
+    scales are loaded a few bytes a row, and the rest of their sectors has to stay in L1, which has what buffers leave
+    (int4, dsv3-tp8, T = 32 on an H200: 299 us, by steps of 256 for 128 247; mxfp4, dsv3-ep8, T = 8: 283 and 243).
     """
     assert gemm.format is not None
-    group = gemm.format.block[1]
+    group, packed = gemm.format.block[1], gemm.format.per_byte == 2
     if not gate_up and gemm.inner <= 512:
-        return replace(words, block_k=64)
+        return replace(words, stages=3) if packed else replace(words, block_k=64)
     crowd = _programs(problem, gemm, words.block_n) / target.n_sm
+    room = not gemm.format.zero and not 0 < group < 32  # registers for the scales and zero points of a longer step
+    if room and gemm.inner >= 4096 and not gate_up:
+        return replace(words, block_k=256, stages=3 if packed and crowd >= 1 else 4)
     if crowd < 1:
         return replace(words, stages=5)
-    room = not gemm.format.zero and not 0 < group < 32  # registers for the scales and zero points of a longer step
-    if room and (crowd <= 6 or gemm.inner >= 4096 and not gate_up or group >= 128 and gate_up):
+    if room and (crowd <= 6 or gate_up and (group >= 128 or _long_rows(gemm))):
         return replace(words, block_k=256, stages=3 if gate_up else 4)
-    return replace(words, stages=3 if gate_up and gemm.format.per_byte == 2 else 4)
+    return replace(words, stages=3 if gate_up and packed else 4)
+
+
+def _long_rows(gemm: Gemm) -> bool:
+    """Codes of 4 bits whose rows are made of whole steps of 256."""
+    assert gemm.format is not None
+    return gemm.format.per_byte == 2 and not gemm.format.zero and gemm.inner % 256 == 0
 
 
 def _few(problem: Problem, target: Target, gemm: Gemm) -> KernelConfig:
@@ -492,7 +503,7 @@ def _lonely(problem: Problem, target: Target, gemm: Gemm, tile: KernelConfig) ->
     if gemm.format is not None and decodes(gemm, target):
         many = 0 < gemm.format.block[1] < 32  # scales; with them, or zero points, a longer step spills
         longer = very and tile.words and not gemm.format.zero and not many
-        return replace(tile, block_k=2 * tile.block_k, stages=4) if longer else tile
+        return replace(tile, block_k=256, stages=4) if longer else tile
     tile = replace(tile, stages=6)
     if not very or tile.block_n < 32:
         return tile
