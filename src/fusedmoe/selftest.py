@@ -76,7 +76,8 @@ def selftest(device: torch.device, backend: str | None = None, jobs: int | None 
         jobs = jobs or min(MOST, os.cpu_count() or 1)
         if device.type == "cuda" and jobs > 1:
             context = multiprocessing.get_context("spawn")  # a fork would have the device of this process
-            pool = stack.enter_context(ProcessPoolExecutor(jobs, context))
+            pool = ProcessPoolExecutor(jobs, context)
+            stack.callback(pool.shutdown, cancel_futures=True)
             compiled = {test.name: pool.submit(_compile, target, test.machine.backend, test.case) for test in tests}
         for test in tests:
             if test.name in compiled:

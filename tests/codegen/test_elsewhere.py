@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
+import pkgutil
 import subprocess
 import sys
 from contextlib import closing
@@ -11,8 +13,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+import triton.language as tl
 
 import fusedmoe
+import fusedmoe.kernels
 from fusedmoe import warming
 from fusedmoe.backends import elsewhere
 from fusedmoe.bench import format_for, problem_of, shape_of
@@ -51,6 +55,16 @@ def test_a_warmup_for_a_gpu_that_is_not_here_leaves_what_a_process_there_looks_f
     call = lambda n: fusedmoe.fused_experts(x[:n], w13, w2, weights[:n], ids[:n])  # noqa: E731
     assert fusedmoe.warmup(call, 300, target="sm_90").variants == len(first)
     assert kernels(tmp_path) == first
+
+
+def test_names_of_kernels_do_not_depend_on_what_was_compiled_before():
+    """Triton's name of a function has the global constants of those that it calls only if these had one already. So
+    there are none, but in a module whose functions one kernel alone reaches.
+    """
+    for module in pkgutil.iter_modules(fusedmoe.kernels.__path__):
+        names = vars(importlib.import_module(f"fusedmoe.kernels.{module.name}"))
+        constants = {name for name, value in names.items() if isinstance(value, tl.constexpr)}
+        assert not constants or module.name == "grouped_gemm_sm90", (module.name, constants)
 
 
 def test_the_cpu_is_the_cpu_again():

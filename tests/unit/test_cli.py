@@ -437,8 +437,8 @@ def test_main(monkeypatch, capsys):
     assert left.value.code == 2 and capsys.readouterr().err.startswith("error: sizes")
 
 
-@pytest.mark.parametrize("package", ["typer", "rich"])
-def test_without_typer_or_rich_the_extra_is_named(monkeypatch, capsys, package):
+@pytest.mark.parametrize("package", ["torch", "typer", "rich"])
+def test_without_a_package_the_extra_is_named(monkeypatch, capsys, package):
     monkeypatch.setitem(sys.modules, package, None)
     assert cli.main() == 2
     said = capsys.readouterr().err

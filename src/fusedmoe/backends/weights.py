@@ -115,7 +115,7 @@ def operand(w: torch.Tensor | ExpertMatrix, multiply: str, up: int, wide: int, c
             phase,
             tl.constexpr(block_n),
             tl.constexpr(block_k or k),
-            words.E2M1_PAIR if pairs else tl.constexpr(form.scale),
+            tl.constexpr("e2m1 pair" if pairs else form.scale),
             tl.constexpr(block_n == 0 or block_n > 1 and block_n % wide == 0 and phase % wide == 0),
         ),
         scale_at=tl.constexpr("step" if block_k else "end"),

@@ -10,9 +10,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-#: The smallest largest magnitude that a scale is made for: numerics.AMAX_FLOOR.
-AMAX_FLOOR = tl.constexpr(1e-10)
-
 
 @triton.jit
 def int8(x, TYPE: tl.constexpr):
@@ -51,7 +48,7 @@ def magnitude(x):
 
 @triton.jit
 def scale_of(amax, LARGEST: tl.constexpr):
-    return tl.div_rn(tl.maximum(amax, AMAX_FLOOR), LARGEST)
+    return tl.div_rn(tl.maximum(amax, 1e-10), LARGEST)  # numerics.AMAX_FLOOR
 
 
 @triton.jit

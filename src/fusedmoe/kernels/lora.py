@@ -23,11 +23,6 @@ import triton.language as tl
 from fusedmoe.kernels.epilogue import bias_then_weigh, weigh_then_bias
 from fusedmoe.kernels.tiles import local_expert
 
-#: Columns of A x that have one adapter where B v is added by steps.
-COLUMNS = tl.constexpr(8)
-#: Rows of a tile up to which its adapters are counted.
-SHORT = tl.constexpr(32)
-
 
 @triton.jit
 def adapter_of(adapters, slot, live):
@@ -46,11 +41,11 @@ def adapter_of(adapters, slot, live):
 def _order(adapter):
     """Place of each row's adapter among those of a tile, -1 without one; the smallest of them, and how many there are.
 
-    In a tile of more than SHORT rows the places are those of all adapters from its smallest to its largest.
+    In a tile of more than 32 rows the places are those of all adapters from its smallest to its largest.
     """
     smallest = tl.min(tl.where(adapter < 0, 1 << 30, adapter), 0)
     largest = tl.max(adapter, 0)
-    if adapter.shape[0] > SHORT:
+    if adapter.shape[0] > 32:
         place = adapter - smallest
         count = tl.maximum(largest - smallest + 1, 0)
     else:
@@ -65,7 +60,7 @@ def _order(adapter):
 @triton.jit
 def _adapter_at(adapter, order, smallest, count, place):
     """Adapter at each of some places; beyond the last, -1."""
-    if adapter.shape[0] > SHORT:
+    if adapter.shape[0] > 32:  # as in _order
         return tl.where(place < count, smallest + place, -1)
     else:
         return tl.max(tl.where(order[:, None] == place[None, :], adapter[:, None], -1), 0)
@@ -215,7 +210,7 @@ def _add_product(delta, b, own, r, used, mine, e_offset, slot, col, inside, part
     address = b.v + slot.to(tl.int64)[:, None] * b.v_stride + (r + part * b.max_rank)[None, :]
     start = tl.maximum(own, 0).to(tl.int64) * b.stride_a
     if b.steps:
-        start = tl.multiple_of(start, COLUMNS)
+        start = tl.multiple_of(start, 8)  # columns of A x that have one adapter
         there = own >= 0
     elif b.max_rank % b.block != 0:
         there = r < b.max_rank
@@ -253,7 +248,7 @@ def expand(acc, b, expert, slot, live, col, inside):
             place, r = k * 0 + j // each, k + j % each * b.block
         mine = order[:, None] == place[None, :]
         if b.steps:
-            own = tl.max_constancy(_adapter_at(adapter, order, smallest, count, place), COLUMNS)
+            own = tl.max_constancy(_adapter_at(adapter, order, smallest, count, place), 8)
             used = own >= 0
             delta = acc
         else:

@@ -137,7 +137,7 @@ class BlockScale(NamedTuple):
     ``p up + (n + p phase) // block_n``: the up rows of a concatenated w13 are part 1.
     """
 
-    ptr: object  #       [E, rows, columns]; float, or bytes of ``kind`` "e8m0" or "e4m3"
+    ptr: object  #       [E, rows, columns]; float, or bytes of ``kind`` "e8m0", "e2m1 pair" or "e4m3"
     stride_e: object  #  in units, as stride_n
     stride_n: object
     stride_k: object

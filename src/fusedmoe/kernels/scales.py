@@ -10,9 +10,6 @@ import triton
 import triton.language as tl
 
 from fusedmoe.kernels.decode import e4m3, power_of_two
-from fusedmoe.kernels.words import E2M1_PAIR, LIFT
-
-LIFTED = tl.constexpr(2.0**LIFT.value)
 
 
 @triton.jit
@@ -21,8 +18,11 @@ def _value(raw, KIND: tl.constexpr):
         return power_of_two(raw)
     elif KIND == "e4m3":
         return e4m3(raw, 0.0)
-    elif KIND == E2M1_PAIR:
-        return tl.minimum(raw.to(tl.uint32) + (126 - LIFT), 255) * 0x00800080
+    elif KIND == "e2m1 pair":
+        # A byte of e8m0 as a pair of bfloat16, by which e2m1 is multiplied where it belongs there: 2^(raw - 127), times
+        # 2^126, the difference of the biases. Less 2^32, which ``finish`` gives back: there is room for scales of up to
+        # 2^33, and larger ones are infinite.
+        return tl.minimum(raw.to(tl.uint32) + (126 - 32), 255) * 0x00800080
     else:
         return raw.to(tl.float32)
 
@@ -220,8 +220,8 @@ def finish(acc, x, w, r, expert, n, n0, inside, PART: tl.constexpr):
             acc = acc * s
         else:
             acc = acc * s[None, :]
-    if w.scale.kind == E2M1_PAIR:
-        acc = acc * LIFTED
+    if w.scale.kind == "e2m1 pair":
+        acc = acc * 4294967296.0  # 2^32
     if w.tensor_scale is not None:
         acc = acc * tl.load(w.tensor_scale + expert.to(tl.int64) * w.tensor_scale_stride)
     return acc

@@ -24,11 +24,6 @@ _MAGIC = {"bf16": 0x43004300, "f16": 0x64006400}
 _E2M1_BY = {"bf16": 0x7E807E80, "f16": 0x74007400}
 _E2M1_AT = 9
 _MINUS_0 = 0x80008000
-#: A type of scales, of e2m1 that becomes bfloat16: byte b of e8m0, 2^(b - 127), as the pair 2^(b - 127 + 126 - LIFT).
-#: One multiplication then does both, 126 being the difference of the biases. LIFT keeps pairs in range for scales of up
-#: to 2^(LIFT + 1), above which they are infinite; what follows the sum takes it back (kernels/scales.py).
-E2M1_PAIR = tl.constexpr("e2m1 pair")
-LIFT = tl.constexpr(32)
 
 
 @functools.cache
@@ -36,7 +31,8 @@ def assembly(element: str, math: str, *, zero: int | None, scaled: bool, pairs: 
     """PTX that decodes one word into 8 or 4 numbers of type ``math``.
 
     Operands after the numbers: the word; then, where they vary, what is added to an integer to take its zero point away
-    (``zero`` None), and the scale (``scaled``), of e2m1 in bfloat16 as an E2M1_PAIR (``pairs``).
+    (``zero`` None), and the scale (``scaled``), of e2m1 in bfloat16 with the difference of the biases in it (``pairs``,
+    see kernels/scales.py).
     """
     kind = {"bfloat16": "bf16", "float16": "f16"}[math]
     if element in ("int8", "uint8"):
@@ -58,10 +54,12 @@ def _minus(value: float, kind: str) -> int:
 
 
 def _four_bit(element: str, kind: str, zero: int | None, scaled: bool, pairs: bool) -> str:
-    lines = [".reg .b32 h, s, v, one, by, none, minus;", f"mov.b32 one, {_ONE[kind]:#x};", "shr.u32 h, $8, 8;"]
+    lines = [".reg .b32 h, s, v, one, by, none, minus;", f"mov.b32 one, {_ONE[kind]:#x};"]
     known = _minus({"bf16": 128.0, "f16": 1024.0}[kind] + (zero or 0), kind)
     lines.append("mov.b32 minus, $9;" if zero is None else f"mov.b32 minus, {known:#x};")
     lines += [f"mov.b32 by, {_E2M1_BY[kind]:#x};", f"mov.b32 none, {_MINUS_0:#x};"]
+    if element == "e2m1" and kind == "bf16":
+        lines.append("shr.u32 h, $8, 8;")
     for j in range(4):  # codes j and j + 4
         if element == "int4":
             lines += [
