@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -56,32 +54,34 @@ class _Test(NamedTuple):
     machine: _Machine
     case: Case
 
-
-#: Processes that compile at most.
-MOST = 16
+    @property
+    def launches(self) -> tuple[str | None, Case]:
+        """What decides which kernels it launches."""
+        return self.machine.backend, self.case
 
 
 def selftest(device: torch.device, backend: str | None = None, jobs: int | None = None) -> Iterator[Result]:
     """Test every capability on a device, one result at a time; never raises for a capability that fails.
 
-    On a GPU ``jobs`` processes (None: as many as there are processors, 16 at most) compile what the tests launch, which
-    is most of a first run's time.
+    On a GPU ``jobs`` processes (1: this one; None: see :func:`fusedmoe.backends.elsewhere.processes`) compile what the
+    tests launch, which is most of a first run's time.
     """
     target = target_of(device)
     old = target.vendor == "nvidia" and target.capability < 80
     case = Case.of((33, 3, 8, 128, 96), dtype="float16" if old else "bfloat16")
     tests = list(_tests(_Machine(device=device, backend=backend), case))
     with ExitStack() as stack:
-        compiled: dict[str, Future[None]] = {}
-        jobs = jobs or min(MOST, os.cpu_count() or 1)
-        if device.type == "cuda" and jobs > 1:
-            context = multiprocessing.get_context("spawn")  # a fork would have the device of this process
-            pool = ProcessPoolExecutor(jobs, context)
+        compiled: dict[tuple[str | None, Case], Future[None]] = {}
+        if device.type == "cuda" and jobs != 1 and backend != "torch":
+            from fusedmoe.backends import elsewhere
+
+            pool = elsewhere.processes(jobs)
             stack.callback(pool.shutdown, cancel_futures=True)
-            compiled = {test.name: pool.submit(_compile, target, test.machine.backend, test.case) for test in tests}
+            for key in dict.fromkeys(test.launches for test in tests if test.machine.backend != "torch"):
+                compiled[key] = pool.submit(_compile, target, *key)
         for test in tests:
-            if test.name in compiled:
-                compiled[test.name].exception()  # what could not be compiled there says so here
+            if test.launches in compiled:
+                compiled[test.launches].exception()  # what could not be compiled there says so here
             try:
                 with torch.no_grad():
                     yield test.run(test.machine, test.case, test.name)

@@ -333,6 +333,19 @@ def test_decoded_weights_of_gpt_oss_do_not_spill(form, options):
     assert [kernel.name for kernel in compiled if kernel.stack_bytes] == []
 
 
+@pytest.mark.parametrize(
+    ("scheme", "gemm", "shape"),
+    [(scheme, "down", (32, 2, 8, 4096, 14336)) for scheme in ("mxfp4", "int4_w4a16", "int8_w8a16", "fp8_channel")]
+    + [(scheme, "gate_up", (512, 8, 256, 7168, 256)) for scheme in ("mxfp4", "int4_w4a16")],
+)
+def test_long_steps_do_not_spill(scheme, gemm, shape):
+    """Of 256 columns: a long down GEMM of few rows, gate and up of 32."""
+    _, plan, compiled = compile_layer("sm_90", shape, torch.bfloat16, format_of(scheme))
+    assert getattr(plan, gemm).block_k == 256
+    for kernel in compiled:
+        assert kernel.stack_bytes == 0 and kernel.shared_bytes <= TARGETS["sm_90"].shared_bytes, kernel
+
+
 @pytest.mark.parametrize("sizes", [(2048, 768), (2880, 2880)], ids=str)
 @pytest.mark.parametrize("tokens", [8, 128, 512, 8192])
 def test_scales_of_a_row_are_loaded_together(tokens, sizes):

@@ -17,12 +17,14 @@ import triton.language as tl
 
 import fusedmoe
 import fusedmoe.kernels
-from fusedmoe import warming
+from fusedmoe import selftest, warming
 from fusedmoe.backends import elsewhere
+from fusedmoe.backends.launch import only_compiling
 from fusedmoe.bench import format_for, problem_of, shape_of
 from fusedmoe.errors import OptionError
 from fusedmoe.settings import settings
 from fusedmoe.target import KNOWN, known, target_of
+from fusedmoe.testing.cases import Case
 from fusedmoe.tune import session
 from fusedmoe.tune.compilers import Compilers, Work
 from fusedmoe.tune.space import starts
@@ -54,6 +56,19 @@ def test_a_warmup_for_a_gpu_that_is_not_here_leaves_what_a_process_there_looks_f
     x, weights, ids = torch.randn(300, 256).bfloat16(), torch.rand(300, 2), torch.randint(0, 8, (300, 2)).int()
     call = lambda n: fusedmoe.fused_experts(x[:n], w13, w2, weights[:n], ids[:n])  # noqa: E731
     assert fusedmoe.warmup(call, 300, target="sm_90").variants == len(first)
+    assert kernels(tmp_path) == first
+
+
+def test_a_self_test_finds_what_its_processes_compiled(tmp_path, monkeypatch):
+    """Though it brings an output and a workspace of its own."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    case = Case.of((33, 3, 8, 128, 96))
+    selftest._compile(known("sm_90"), "triton", case)
+    first = kernels(tmp_path)
+    assert {"grouped_gemm", "route", "combine"} <= {name for _, name in first}
+    arguments, options = case.draw("cpu")
+    with torch.no_grad(), elsewhere.compiling_for(known("sm_90")), only_compiling():
+        selftest._run(selftest._Machine(device=torch.device("cpu"), backend="triton"), arguments, options)
     assert kernels(tmp_path) == first
 
 

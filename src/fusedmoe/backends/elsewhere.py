@@ -8,13 +8,30 @@ device looks for it, if Triton and Python are the same there.
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
+import os
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
 
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from fusedmoe.errors import OptionError, explain
 from fusedmoe.target import Target, standing_for
+
+#: Processes at most: each takes 0.4 GB, and a second or more to start.
+MOST = 16
+
+
+def processes(jobs: int | None = None, **options: Any) -> ProcessPoolExecutor:
+    """``jobs`` processes that may compile while this one has the device; None: as many as there are processors,
+    :data:`MOST` at most. They start when there is work.
+
+    Threads of one process take turns in Triton's front end, and a fork would have the device of this process.
+    """
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(jobs or min(MOST, os.cpu_count() or 1), context, **options)
 
 
 class Driver:

@@ -98,7 +98,7 @@ def operand(w: torch.Tensor | ExpertMatrix, multiply: str, up: int, wide: int, c
     of_single_rows = block_k != 0 and block_n == 1 and not of_rows_too
     in_weights = of_single_rows and (config.block_k > block_k or config.scale_weights)
     in_step = block_k != 0 and not in_weights
-    pairs = config.words and in_weights and (form.element, form.scale, multiply) == ("e2m1", "e8m0", "bfloat16")
+    kind = words.kind_of_scale(form.element, multiply, form.scale) if config.words and in_weights else form.scale
     scale = _bytes(w.scale) if form.scale in ("e8m0", "e4m3") else w.scale
     phase = up if w.parts == 1 and block_n else 0
     if config.words:
@@ -115,7 +115,7 @@ def operand(w: torch.Tensor | ExpertMatrix, multiply: str, up: int, wide: int, c
             phase,
             tl.constexpr(block_n),
             tl.constexpr(block_k or k),
-            tl.constexpr("e2m1 pair" if pairs else form.scale),
+            tl.constexpr(kind),
             tl.constexpr(block_n == 0 or block_n > 1 and block_n % wide == 0 and phase % wide == 0),
         ),
         scale_at=tl.constexpr("step" if block_k else "end"),
@@ -145,8 +145,7 @@ def operand(w: torch.Tensor | ExpertMatrix, multiply: str, up: int, wide: int, c
                 form.element,
                 multiply,
                 zero=None if w.zero is not None else ELEMENTS[form.element].zero,
-                scaled=in_weights,
-                pairs=pairs,
+                scale=kind if in_weights else None,
             ),
             "PER_ITEM": 4 * form.per_byte,
         }

@@ -27,17 +27,21 @@ _MINUS_0 = 0x80008000
 
 
 @functools.cache
-def assembly(element: str, math: str, *, zero: int | None, scaled: bool, pairs: bool = False) -> str:
+def assembly(element: str, math: str, *, zero: int | None, scale: str | None) -> str:
     """PTX that decodes one word into 8 or 4 numbers of type ``math``.
 
     Operands after the numbers: the word; then, where they vary, what is added to an integer to take its zero point away
-    (``zero`` None), and the scale (``scaled``), of e2m1 in bfloat16 with the difference of the biases in it (``pairs``,
-    see kernels/scales.py).
+    (``zero`` None), and the scale, of kind ``scale`` (None: there is none).
     """
     kind = {"bfloat16": "bf16", "float16": "f16"}[math]
     if element in ("int8", "uint8"):
-        return _eight_bit(element, kind, zero, scaled)
-    return _four_bit(element, kind, zero, scaled, pairs)
+        return _eight_bit(element, kind, zero, scale is not None)
+    return _four_bit(element, kind, zero, scale)
+
+
+def kind_of_scale(element: str, math: str, scale: str) -> str:
+    """As what scales of words are loaded (kernels/scales.py): of e2m1 in bfloat16 with the difference of the biases."""
+    return "e2m1 pair" if (element, math, scale) == ("e2m1", "bfloat16", "e8m0") else scale
 
 
 def _shift(source: str, target: str, left: int) -> str:
@@ -53,7 +57,7 @@ def _minus(value: float, kind: str) -> int:
     return half * 0x10001
 
 
-def _four_bit(element: str, kind: str, zero: int | None, scaled: bool, pairs: bool) -> str:
+def _four_bit(element: str, kind: str, zero: int | None, scale: str | None) -> str:
     lines = [".reg .b32 h, s, v, one, by, none, minus;", f"mov.b32 one, {_ONE[kind]:#x};"]
     known = _minus({"bf16": 128.0, "f16": 1024.0}[kind] + (zero or 0), kind)
     lines.append("mov.b32 minus, $9;" if zero is None else f"mov.b32 minus, {known:#x};")
@@ -84,9 +88,9 @@ def _four_bit(element: str, kind: str, zero: int | None, scaled: bool, pairs: bo
                 _shift("$8", "v", at - 4 * j),
                 f"lop3.b32 v, v, {(7 << at) * 0x10001:#x}, s, 0xEA;",
             ]
-        if element == "e2m1" and not pairs:
+        if element == "e2m1" and scale != "e2m1 pair":
             lines.append(f"fma.rn.{kind}x2 v, v, by, none;")
-        if scaled:
+        if scale is not None:
             lines.append(f"fma.rn.{kind}x2 v, v, ${10 if zero is None else 9}, none;")
         lines.append(f"mov.b32 {{${2 * j}, ${2 * j + 1}}}, v;")
     return "{" + "\n".join(lines) + "}"
@@ -157,7 +161,9 @@ def _taken_away(zero, MATH: tl.constexpr, PER_ITEM: tl.constexpr):
 
 @triton.jit
 def scale_of_words(s, MATH: tl.constexpr, PER_ITEM: tl.constexpr):
-    """A scale as codes are multiplied by it: 4-bit ones in pairs of type MATH, others before they are of it."""
+    """A scale as codes are multiplied by it: 4-bit ones in pairs of type MATH, which some are loaded as, others before
+    they are of it.
+    """
     if PER_ITEM == 8 and s.dtype == tl.float32:
         return _twice(s, MATH)
     else:

@@ -448,7 +448,7 @@ def _streamed(problem: Problem, target: Target, gemm: Gemm, words: KernelConfig,
     if not gate_up and gemm.inner <= 512:
         return replace(words, stages=3) if packed else replace(words, block_k=64)
     crowd = _programs(problem, gemm, words.block_n) / target.n_sm
-    room = not gemm.format.zero and not 0 < group < 32  # registers for the scales and zero points of a longer step
+    room = _room(gemm)
     if room and gemm.inner >= 4096 and not gate_up:
         return replace(words, block_k=256, stages=3 if packed and crowd >= 1 else 4)
     if crowd < 1:
@@ -458,10 +458,16 @@ def _streamed(problem: Problem, target: Target, gemm: Gemm, words: KernelConfig,
     return replace(words, stages=3 if gate_up and packed else 4)
 
 
-def _long_rows(gemm: Gemm) -> bool:
-    """Codes of 4 bits whose rows are made of whole steps of 256."""
+def _room(gemm: Gemm) -> bool:
+    """There are registers for the scales of a longer step, which zero points and short groups take."""
     assert gemm.format is not None
-    return gemm.format.per_byte == 2 and not gemm.format.zero and gemm.inner % 256 == 0
+    return not gemm.format.zero and not 0 < gemm.format.block[1] < 32
+
+
+def _long_rows(gemm: Gemm) -> bool:
+    """Codes of 4 bits whose rows are made of whole steps of 256, for which there is room."""
+    assert gemm.format is not None
+    return gemm.format.per_byte == 2 and gemm.inner % 256 == 0 and _room(gemm)
 
 
 def _few(problem: Problem, target: Target, gemm: Gemm) -> KernelConfig:
@@ -505,8 +511,7 @@ def _lonely(problem: Problem, target: Target, gemm: Gemm, tile: KernelConfig) ->
     """
     very = 2 * _programs(problem, gemm, tile.block_n) <= target.n_sm
     if gemm.format is not None and decodes(gemm, target):
-        many = 0 < gemm.format.block[1] < 32  # scales; with them, or zero points, a longer step spills
-        longer = very and tile.words and not gemm.format.zero and not many
+        longer = very and tile.words and _room(gemm)
         return replace(tile, block_k=256, stages=4) if longer else tile
     tile = replace(tile, stages=6)
     if not very or tile.block_n < 32:

@@ -1,17 +1,14 @@
 """Processes that compile candidates while this one has the device.
 
-Threads of one process take turns in Triton's front end. So the launches of each candidate are compiled in processes
-that never touch the device (:mod:`fusedmoe.backends.elsewhere`), into Triton's cache on disk, where they are found.
+The launches of each candidate are compiled in processes that never touch the device
+(:mod:`fusedmoe.backends.elsewhere`), into Triton's cache on disk, where they are found.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
-import multiprocessing
-import os
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, NamedTuple
 
@@ -27,9 +24,6 @@ from fusedmoe.target import Target
 from fusedmoe.tune.space import Tiles
 
 _log = logging.getLogger("fusedmoe")
-
-#: Processes at most: each takes 0.4 GB, and a second or more to start.
-MOST = 16
 
 
 class Work(NamedTuple):
@@ -47,12 +41,14 @@ class Work(NamedTuple):
 
 
 class Compilers:
-    """``jobs`` of them; None: as many as there are processors, :data:`MOST` at most. They start when there is work."""
+    """``jobs`` of them, as :func:`fusedmoe.backends.elsewhere.processes` counts them."""
 
     def __init__(self, work: Work, jobs: int | None = None) -> None:
-        context = multiprocessing.get_context("spawn")  # a fork would have the device of this process
-        jobs = jobs or min(MOST, os.cpu_count() or 1)
-        self._pool = ProcessPoolExecutor(jobs, context, initializer=_start, initargs=(work,))
+        from fusedmoe.backends import (
+            elsewhere,
+        )  # needs Triton, which a process that only asks what can be tuned does not
+
+        self._pool = elsewhere.processes(jobs, initializer=_start, initargs=(work,))
 
     def close(self) -> None:
         """End them."""
@@ -89,7 +85,7 @@ def _call(tokens: int) -> Call:
 
 
 def _compile(tokens: int, tiles: Tiles) -> bool:
-    from fusedmoe.backends import elsewhere  # needs Triton, which a process that only asks what can be tuned does not
+    from fusedmoe.backends import elsewhere
 
     target = _own["work"].target
     try:
