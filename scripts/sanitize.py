@@ -40,12 +40,13 @@ TOOLS = ("memcheck", "racecheck", "synccheck")
 SCHEMES = (None, "fp8_block", "fp8_channel", "int8_w8a8", "int8_w8a16", "int4_w4a16", "mxfp4", "nvfp4")
 #: Seconds for all layers below one tool.
 PATIENCE = 600
-#: (tokens, top_k, experts, hidden, intermediate) of each kind of plan. The last has more tiles than an H200 has
-#: multiprocessors, whole ones and parts, so that a program has several.
+#: (tokens, top_k, experts, hidden, intermediate) of each kind of plan. The last, and what is streamed, have more tiles
+#: than an H200 has programs, whole ones and parts, so that a program has several.
 SHAPES = {
     "single rows": (1, 4, 8, 512, 256),
     "few slots": (8, 2, 4, 512, 256),
     "one launch to sort": (64, 2, 8, 512, 384),
+    "streamed": (40, 4, 64, 1024, 512),
     "chunks to sort": (2100, 2, 6, 512, 256),
     "persistent": (1200, 2, 16, 2048, 256),
 }
@@ -64,7 +65,7 @@ def cases() -> Iterator[tuple[str, str, Case]]:
         for turn, (kind, shape) in enumerate(SHAPES.items()):
             options = OPTIONS[(number + turn) % len(OPTIONS)]
             case = Case.of(shape, formats=(form, form), **options).fitted()
-            for backend in ("triton", "gluon_sm90") if shape[0] >= 64 else ("triton",):
+            for backend in ("triton", "gluon_sm90") if shape[0] > 1 else ("triton",):
                 yield f"{kind}, {scheme or 'unquantised'}, {backend}", backend, case
     for kind, shape in SHAPES.items():
         yield f"{kind}, adapters, triton", "triton", Case.of(shape, ranks=(4, 0, 9), ids="invalid")
@@ -107,10 +108,13 @@ def between_groups_of_warps() -> set[tuple[str, int]]:
     What racecheck reports between them is how Triton 3.6 does that: a byte and a block of arguments in shared memory,
     written before and read behind a barrier of all warps that was not made by __syncthreads, and that it does not see.
     """
-    path = Path(kernels.__path__[0], "grouped_gemm_sm90.py")
-    marks = ("def grouped_gemm_sm90(", "if CONSUMERS == 2:", "gl.warp_specialize(")
-    lines = enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
-    return {(path.name, number) for number, line in lines if line.strip().startswith(marks)}
+    marks = ("def grouped_gemm_sm90(", "def grouped_stream_sm90(", "if CONSUMERS == 2:", "gl.warp_specialize(")
+    return {
+        (path.name, number)
+        for path in Path(kernels.__path__[0]).glob("*_sm90.py")
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        if line.strip().startswith(marks)
+    }
 
 
 def well(said: str, status: int | None, tool: str) -> bool:

@@ -221,6 +221,36 @@ def test_specialised_kernels_of_hopper(form):
             assert gate_up.complaints() + down.complaints() == []
 
 
+@pytest.mark.parametrize("form", MULTIPLIED, ids=str)
+def test_streaming_kernels_of_hopper(form):
+    """Two groups of 4 warps with other registers, WGMMA of the right type, and nothing spilled or serialised."""
+    some = (
+        ((8, 8, 128, 2048, 768), {}),
+        ((128, 8, 128, 2048, 768), {"gate_up_layout": "interleaved", "activation": "swigluoai"}),
+        ((256, 8, 128, 2048, 768), {"dtype": torch.bfloat16}),
+        ((16, 8, 128, 1040, 320), {"dtype": torch.bfloat16, "activation": "relu2_no_mul"}),
+        ((256, 8, 128, 1040, 320), {"activation": "gelu"}),  # up rows start inside of a block that shares a scale
+    )
+    for shape, options in some:
+        problem, plan, compiled = compile_layer("sm_90", shape, form=form, chosen="gluon_sm90", **options)
+        gemms = [kernel for kernel in compiled if kernel.name == "grouped_stream_sm90"]
+        matrices = (plan.gate_up, problem.gate_up_gemm), (plan.down, problem.down_gemm)
+        for kernel, (config, gemm) in zip(gemms, matrices, strict=True):
+            assert kernel.stack_bytes == 0, (shape, kernel)
+            assert kernel.shared_bytes <= shared_bytes(config, gemm, TARGETS["sm_90"])
+            assert config.programs_per_sm * kernel.registers * 256 <= 65536
+            assert config.programs_per_sm * (kernel.shared_bytes + 1024) <= 228 * 1024
+            wanted = {1: "QGMMA", 2: "HGMMA"}[bytes_of(multiply_in(gemm, TARGETS["sm_90"]))]
+            wanted = "IGMMA" if multiply_in(gemm, TARGETS["sm_90"]) == "int8" else wanted
+            assert kernel.count(wanted + r"[.\w]*") > 0
+            assert kernel.count(r"[HI]MMA[.\w]*") == 0
+            assert kernel.count(r"WARPGROUP\.ARRIVE") == 2, "one for each sum; serialised products have one each"
+            for instruction in ("USETMAXREG", "UTMALDG", "LDGSTS", "ACQBULK"):
+                assert kernel.count(instruction + r"[.\w]*") > 0, instruction
+        if form is None or form == format_of("fp8_block"):
+            assert [line for kernel in gemms for line in kernel.complaints()] == []
+
+
 def test_complaints_of_the_assembler_are_heard():
     ptx = ".version 8.4\n.target sm_90a\n.address_size 64\n"
     ptx += ".visible .entry k() { setmaxnreg.inc.sync.aligned.u32 240; ret; }"
@@ -239,9 +269,10 @@ def test_explain_lists_what_is_launched(form):
 
 @pytest.mark.parametrize("form", MULTIPLIED, ids=str)
 def test_explain_lists_what_is_launched_on_hopper(form):
-    problem, how, compiled = compile_layer("sm_90", SHAPES["tall, gathered"], torch.bfloat16, form, "gluon_sm90")
-    told = _launches(problem, Plan(backend="gluon_sm90", triton=how))
-    assert sorted(launch["kernel"].split(",")[0] for launch in told) == sorted(kernel.name for kernel in compiled)
+    for shape in ("16 rows", "tall, gathered"):
+        problem, how, compiled = compile_layer("sm_90", SHAPES[shape], torch.bfloat16, form, "gluon_sm90")
+        told = _launches(problem, Plan(backend="gluon_sm90", triton=how))
+        assert sorted(launch["kernel"].split(",")[0] for launch in told) == sorted(kernel.name for kernel in compiled)
 
 
 @pytest.mark.parametrize("scheme", ["fp8_block", "mxfp8", "nvfp4"])
@@ -407,7 +438,7 @@ def test_a_batch_invariant_layer_multiplies_alike_for_every_number_of_tokens(for
         problem, _, compiled = compile_layer(
             "sm_90", shape, torch.bfloat16, form=form, chosen=chosen, batch_invariant=True
         )
-        gemms = [kernel for kernel in compiled if kernel.name.startswith("grouped_gemm")]
+        gemms = [kernel for kernel in compiled if kernel.name.startswith("grouped_")]
         assert [kernel.name for kernel in compiled if kernel.stack_bytes] == []
         kinds.add(tuple(frozenset(re.findall(r"\b([HQI]G?MMA)\.\d+x\d+x(\d+)", kernel.sass())) for kernel in gemms))
     if form is not None and multiply_in(problem.gate_up_gemm, TARGETS["sm_90"]) == "int8":

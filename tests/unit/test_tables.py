@@ -95,7 +95,7 @@ def test_a_workspace_for_more_tokens_serves_fewer_with_the_packages_own_files(pa
         measured += "measured for" in choose(call, H200).why
         largest = max(largest, need(tokens))
         assert max(map(need, (tokens, *tokens_before_breaks(call, H200)))) >= largest
-    assert measured
+    assert bool(measured) == any(entry["gate_up"] for entry in found["entries"])  # nothing may be faster than planned
 
 
 def test_there_are_files_of_the_popular_shapes():

@@ -1,4 +1,4 @@
-"""Launch of the warp-specialised GEMM of Hopper."""
+"""Launches of the warp-specialised GEMMs of Hopper."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from fusedmoe.backends.weights import operand, stacked_rows
 from fusedmoe.kernels import step
 from fusedmoe.kernels.grouped_gemm_sm90 import grouped_gemm_sm90
 from fusedmoe.kernels.operands import Schedule
+from fusedmoe.kernels.stream_sm90 import grouped_stream_sm90
 
 
 def multiply(product: Product, options: dict[str, Any], schedule: Schedule, programs: int) -> None:
@@ -68,4 +69,53 @@ def multiply(product: Product, options: dict[str, Any], schedule: Schedule, prog
         GROUP_M=config.group_m,
         CONSUMERS=8 // config.warps,
         num_warps=4,  # of the producer, which the kernel starts in
+    )
+
+
+def stream(product: Product, options: dict[str, Any], schedule: Schedule, programs: int, *, ahead: bool) -> None:
+    """One of the two GEMMs, of few rows an expert; ``ahead``: the launch before did not make the schedule."""
+    config, x = product.config, product.x
+    _, n, k = product.w.shape
+    half = config.block_n * product.gemm.width // 2
+    matrix = operand(product.w, product.multiply, product.up, half, config)
+    data, policies = matrix.data, matrix.policies
+    rows, per_expert = stacked_rows(data)
+    box = half if product.gate_up == "concatenated" else 2 * half
+    layout = gl.NVMMASharedLayout(128, 8 * data.element_size(), 2)
+    w_desc = TensorDescriptor(data, [rows, k], [data.stride(1), 1], [box, config.block_k], layout)
+    groups = policies["STEP"] is step.scaled_product
+    # Of a thread that multiplies, and of the others. Alone on its multiprocessor a program takes what is left over
+    # elsewhere (dsv3-tp8, fp8 by block, T = 512 on an H200: with 216 and 72 445 us, with these 425); two, with room for
+    # one of the next launch, have what their sums need, and products of groups beside them, found by compiling.
+    sums = 2 * half * config.block_m // 128 * (2 if groups else 1)
+    registers, others = (224, 112) if config.programs_per_sm == 1 else (88 + sums, 72)
+    launch(
+        grouped_stream_sm90,
+        (programs,),
+        schedule,
+        x,
+        matrix.weight._replace(rows_per_expert=per_expert),
+        product.out,
+        product.e,
+        product.p,
+        w_desc,
+        k,
+        **options,
+        **{name: product.stored[name] for name in ("STORE", "ARRANGE", "ENCODE", "LARGEST", "OUT_GROUP")},
+        **{name: policies[name] for name in ("LOAD_SCALES", "MATH", "FINISH", "ACCUMULATE")},
+        AHEAD=ahead,
+        EPILOGUE=product.epilogue,
+        ACTIVATION=product.activation,
+        GATE_UP=product.gate_up,
+        N=n,
+        K=k,
+        GROUPS=groups,
+        X_LAYOUT=layout,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        STAGES=config.stages,
+        REGISTERS=registers,
+        num_warps=4,  # of the producer, which the kernel starts in
+        maxnreg=(registers + others) // 2,  # of each thread when the kernel starts
     )

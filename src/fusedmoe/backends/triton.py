@@ -142,9 +142,10 @@ def gate_up(call: Call, plan: Plan, schedule: Routed, work: Workspace) -> Rows:
             call, how, schedule.ids, schedule.schedule, schedule.max_tiles, x, work, options, of_tokens=True
         )
         options = after
+    ahead = False  # whether the launch before gate-up is another one than that which made the schedule
     if (inputs := problem.gate_up_gemm.inputs) is not None:
         x = _tokens_as_codes(call, plan, schedule, x, inputs, work, options)
-        options = after
+        options, ahead = after, call.hidden_states_scale is None
     elif how.gate_up.words:
         order = order_of(problem.gate_up_gemm, how.gate_up)
         x = in_order(x, problem.gate_up_gemm, order, work["x_codes"], options)
@@ -187,7 +188,7 @@ def gate_up(call: Call, plan: Plan, schedule: Routed, work: Workspace) -> Rows:
         gate_up=problem.gate_up if p.gated else None,
         steps=steps,
     )
-    _launch(call, product, options, schedule)
+    _launch(call, product, options, schedule, ahead=ahead)
     if how.requantise != "kernel":
         return _hidden_rows(how, requantised, call, work)
     assert requantised is not None
@@ -196,7 +197,8 @@ def gate_up(call: Call, plan: Plan, schedule: Routed, work: Workspace) -> Rows:
     static = call.w2.input_scale if isinstance(call.w2, ExpertMatrix) else None
     x = Rows(*flat(hidden), None)
     order = order_of(problem.down_gemm, how.down)
-    if how.single and how.overlap:
+    # What these read before they wait was there before gate-up.
+    if (how.single or how.down.streams) and how.overlap:
         after = {**after, "WAIT": overlap.release_and_wait, "RELEASE": overlap.nothing}
     quantised(
         schedule.ids,
@@ -321,7 +323,7 @@ def down(call: Call, plan: Plan, schedule: Routed, hidden: Rows, work: Workspace
         PLAIN,
         steps=steps,
     )
-    _launch(call, product, after, schedule, turns=1 if problem.sparse else problem.top_k)
+    _launch(call, product, after, schedule, turns=1 if problem.sparse else problem.top_k, ahead=True)
     return rows
 
 
@@ -386,7 +388,9 @@ def _with_router_weight(e: Epilogue, call: Call) -> Epilogue:
     )
 
 
-def _launch(call: Call, product: Product, options: dict[str, Any], schedule: Routed, turns: int = 1) -> None:
+def _launch(
+    call: Call, product: Product, options: dict[str, Any], schedule: Routed, turns: int = 1, *, ahead: bool
+) -> None:
     target = target_of(call.hidden_states.device)
     if product.config.block_m == 1:
         gemv.multiply(product, schedule.ids, call.problem.slots // turns, turns, options, target)
@@ -400,7 +404,10 @@ def _launch(call: Call, product: Product, options: dict[str, Any], schedule: Rou
         from fusedmoe.backends import sm90
 
         assert schedule.schedule is not None, "a plan with these kernels has a schedule"
-        sm90.multiply(product, options, schedule.schedule, programs)
+        if product.config.streams:
+            sm90.stream(product, options, schedule.schedule, programs, ahead=ahead)
+        else:
+            sm90.multiply(product, options, schedule.schedule, programs)
 
 
 def _launch_portable(call: Call, product: Product, options: dict[str, Any], schedule: Routed, programs: int) -> None:

@@ -162,7 +162,9 @@ def _launches(problem: Problem, plan: Plan) -> list[dict[str, Any]]:
 
 
 def _gemm(config: KernelConfig) -> str:
-    return "grouped_gemv" if config.block_m == 1 else "grouped_gemm_sm90" if config.specialised else "grouped_gemm"
+    if config.block_m == 1:
+        return "grouped_gemv"
+    return "grouped_stream_sm90" if config.streams else "grouped_gemm_sm90" if config.specialised else "grouped_gemm"
 
 
 def _quantise(mode: str) -> str:

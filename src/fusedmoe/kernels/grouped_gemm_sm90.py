@@ -33,82 +33,31 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from fusedmoe.kernels.epilogue import weight_of
+from fusedmoe.kernels.hopper import (
+    coalesced,
+    conclude,
+    copy,
+    facts,
+    halves,
+    load_box,
+    load_rows,
+    next_stage,
+    pointers,
+    rows_of,
+    scales_of_halves,
+    seen_as,
+    tile_of,
+    told,
+)
 from fusedmoe.kernels.lora import row_of_b
-from fusedmoe.kernels.scales import groups_of_step, none, of_places, of_rows, of_whole_rows, row_of
+from fusedmoe.kernels.scales import groups_of_step, none, of_places, of_rows, row_of
 from fusedmoe.kernels.step import add_scaled
-from fusedmoe.kernels.store import write
-from fusedmoe.kernels.tiles import scheduled_tile
 from fusedmoe.kernels.words import numbers, scale_of_words
 
 BLOCK_M = gl.constexpr(128)
 WIDE = gl.constexpr(256)
 #: Of a buffer of weights, as which adapters' B is copied: 64 rows each.
 PIECES = gl.constexpr(4)
-#: Names that Triton 3.9 gave to what 3.6 to 3.8 have.
-load_box = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
-store_box = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
-load_rows = async_copy.async_load if hasattr(async_copy, "async_load") else async_copy.async_copy_global_to_shared
-REINTERPRET_IS_PUBLIC = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
-
-
-@gluon.jit
-def _tile(i, n_tiles, schedule, a, ADAPTED: gl.constexpr, N_BLOCKS: gl.constexpr, GROUP_M: gl.constexpr):
-    """Expert, first row, row behind the expert's last, column block, first step of adapters and number of these. Past
-    the last tile: of none, without a load.
-    """
-    there = i < n_tiles * N_BLOCKS
-    tile, block_n = scheduled_tile(i, n_tiles, N_BLOCKS, GROUP_M)
-    expert = gl.load(schedule.tile_expert + tile, mask=there, other=0)
-    row0 = gl.load(schedule.tile_row + tile, mask=there, other=0)
-    end = gl.load(schedule.offset + expert + 1, mask=there, other=0)
-    more0 = 0
-    more = 0
-    if ADAPTED:
-        more0 = gl.load(a.blocks + 2 * tile, mask=there, other=0)
-        more = gl.load(a.blocks + 2 * tile + 1, mask=there, other=0)
-    return expert, row0, end, block_n, more0, more
-
-
-@gluon.jit
-def _told(number):
-    """The same number, though the compiler cannot see it. Triton 3.6 takes a value that a loop carries for the same
-    in every turn when nothing but bounds of loops within depends on it.
-    """
-    return gl.inline_asm_elementwise("mov.u32 $0, $1;", "=r,r", [number], gl.int32, False, 1)
-
-
-@gluon.jit
-def _seen_as(buffer, SHAPE: gl.constexpr):
-    """The same shared memory in another shape."""
-    if REINTERPRET_IS_PUBLIC:
-        return buffer.reinterpret(buffer.dtype, SHAPE, buffer.layout)
-    else:
-        return buffer._reinterpret(buffer.dtype, SHAPE, buffer.layout)
-
-
-@gluon.jit
-def _rows(row0, end, schedule, LAYOUT: gl.constexpr, COUNT: gl.constexpr):
-    row = row0 + gl.arange(0, COUNT, gl.SliceLayout(1, LAYOUT))
-    live = row < end
-    return row, live, gl.load(schedule.slot + row, mask=live, other=0)
-
-
-@gluon.jit
-def _next(stage, phase, STAGES: gl.constexpr):
-    stage += 1
-    if stage == STAGES:
-        stage = 0
-        phase ^= 1
-    return stage, phase
-
-
-@gluon.constexpr_function
-def _coalesced(columns, bits, warps):
-    """Layout in which a thread reads or writes 16 bytes, and neighbours those beside."""
-    vector = 128 // bits
-    lanes = min(32, columns // vector)
-    return gl.BlockedLayout([1, vector], [32 // lanes, lanes], [warps, 1], [1, 0])
 
 
 @gluon.constexpr_function
@@ -123,31 +72,14 @@ def _accumulator(wide, widest, bits, warps):
 @gluon.jit
 def _tokens(row0, end, schedule, x, LAYOUT: gl.constexpr):
     """Which rows of x half a tile is made of, and which of them are live."""
-    row, live, slot = _rows(row0, end, schedule, LAYOUT, BLOCK_M // 2)
+    row, live, slot = rows_of(row0, end, schedule, LAYOUT, BLOCK_M // 2)
     return row if x.per is None else slot // x.per, live
-
-
-@gluon.jit
-def _pointers(x, index, column):
-    # The compiler knows multiples of 16 elements by itself; what is promised are 16 bytes.
-    ITEMS: gl.constexpr = 128 // x.ptr.dtype.element_ty.primitive_bitwidth
-    start = gl.multiple_of(index.to(gl.int64) * x.stride_row, [ITEMS])
-    return x.ptr + start[:, None] + column[None, :]
-
-
-@gluon.jit
-def _copy(pointers, live, column, buffer, k, K: gl.constexpr, BLOCK_K: gl.constexpr):
-    """Columns past K, and rows that are not live, become 0."""
-    mask = live[:, None]
-    if K % BLOCK_K != 0:
-        mask = mask & (k + column < K)[None, :]
-    load_rows(buffer, pointers, mask=mask)
 
 
 @gluon.jit
 def _copy_shrunk(schedule, a, row0, end, c, own, buffer, LAYOUT: gl.constexpr):
     """A x of 64 rows, in columns c, which belong to adapters ``own``."""
-    row, live, slot = _rows(row0, end, schedule, LAYOUT, BLOCK_M // 2)
+    row, live, slot = rows_of(row0, end, schedule, LAYOUT, BLOCK_M // 2)
     found = gl.load(a.found + row, mask=live, other=-1)
     start = gl.multiple_of(slot.to(gl.int64) * a.v_stride, [8])
     load_rows(buffer, a.v + start[:, None] + (c % a.columns)[None, :], mask=found[:, None] == own[None, :])
@@ -174,7 +106,7 @@ def _copy_step(
 ):  # fmt: skip
     """Both operands of step j of the adapters."""
     # Told anew in each step, so that what follows from them takes no registers beyond it.
-    row0, expert, n0 = _told(row0), _told(expert), _told(n0)
+    row0, expert, n0 = told(row0), told(expert), told(n0)
     c = j * BLOCK_K + gl.arange(0, BLOCK_K, gl.SliceLayout(0, LAYOUT))
     own = c // a.columns  # 8 columns, 16 bytes, have one; what lies beyond its rank is finite, and A x is 0 there
     there = own < a.slots
@@ -200,17 +132,17 @@ def _produce(
     X_BITS: gl.constexpr = rows.dtype.primitive_bitwidth
     BYTES: gl.constexpr = W_BYTES if GATHER else W_BYTES + BLOCK_M * BLOCK_K * X_BITS // 8
     PER_ITEM: gl.constexpr = BLOCK_K // weights.shape[2]
-    LAYOUT: gl.constexpr = _coalesced(BLOCK_K, X_BITS, gl.num_warps())
+    LAYOUT: gl.constexpr = coalesced(BLOCK_K, X_BITS, gl.num_warps())
     stage = 0
     phase = 1
-    expert, row0, end, block_n, more0, more = _tile(first, n_tiles, schedule, a, ADAPTED, N_BLOCKS, GROUP_M)
+    expert, row0, end, block_n, more0, more = tile_of(first, n_tiles, schedule, a, ADAPTED, N_BLOCKS, GROUP_M)
     if GATHER:
         column = gl.arange(0, BLOCK_K, gl.SliceLayout(0, LAYOUT))
         upper, upper_live = _tokens(row0, end, schedule, x, LAYOUT)
         lower, lower_live = _tokens(row0 + BLOCK_M // 2, end, schedule, x, LAYOUT)
     for i in range(first, n_tiles * N_BLOCKS, step):
         # What the next tile needs is loaded a tile ahead: three loads, one after the other.
-        next_expert, next_row0, next_end, next_block_n, next_more0, next_more = _tile(
+        next_expert, next_row0, next_end, next_block_n, next_more0, next_more = tile_of(
             i + step, n_tiles, schedule, a, ADAPTED, N_BLOCKS, GROUP_M
         )
         if GATHER:
@@ -218,8 +150,8 @@ def _produce(
             next_lower, next_lower_live = _tokens(next_row0 + BLOCK_M // 2, next_end, schedule, x, LAYOUT)
         weight_row = expert * w.rows_per_expert + block_n * BOX
         if GATHER:
-            upper_pointers = _pointers(x, upper, column)
-            lower_pointers = _pointers(x, lower, column)
+            upper_pointers = pointers(x, upper, column)
+            lower_pointers = pointers(x, lower, column)
         for k in range(0, k_end, BLOCK_K):
             full = ready.index(stage)
             mbarrier.wait(empty.index(stage), phase)
@@ -229,8 +161,8 @@ def _produce(
                 up_row = weight_row + w.up
                 load_box(w_desc, [up_row, k // PER_ITEM], full, weights.index(stage * PARTS + 1))
             if GATHER:
-                _copy(upper_pointers, upper_live, column, rows.index(stage * 2), k, K, BLOCK_K)
-                _copy(lower_pointers, lower_live, column, rows.index(stage * 2 + 1), k, K, BLOCK_K)
+                copy(upper_pointers, upper_live, column, rows.index(stage * 2), k, K, BLOCK_K)
+                copy(lower_pointers, lower_live, column, rows.index(stage * 2 + 1), k, K, BLOCK_K)
                 async_copy.mbarrier_arrive(full, increment_count=False)
                 upper_pointers += BLOCK_K
                 lower_pointers += BLOCK_K
@@ -239,9 +171,9 @@ def _produce(
                 load_box(x_desc, [row0 + BLOCK_M // 2, k], full, rows.index(stage * 2 + 1))
                 if ADAPTED:  # the barrier counts threads, as it must where they copy
                     async_copy.mbarrier_arrive(full, increment_count=False)
-            stage, phase = _next(stage, phase, STAGES)
+            stage, phase = next_stage(stage, phase, STAGES)
         if ADAPTED:
-            for turn in range(_told(more)):
+            for turn in range(told(more)):
                 j = more0 + turn
                 full = ready.index(stage)
                 mbarrier.wait(empty.index(stage), phase)
@@ -251,7 +183,7 @@ def _produce(
                 )  # fmt: skip
                 async_copy.mbarrier_arrive(full, increment_count=False)
                 mbarrier.arrive(full, count=1)
-                stage, phase = _next(stage, phase, STAGES)
+                stage, phase = next_stage(stage, phase, STAGES)
         expert, row0, end, block_n = next_expert, next_row0, next_end, next_block_n
         more0, more = next_more0, next_more
         if GATHER:
@@ -262,25 +194,12 @@ def _produce(
 
 
 @gluon.jit
-def _halves(acc):
-    """Left and right half of the columns: other registers, nothing moves."""
-    return gl.split(gl.permute(gl.reshape(acc, (acc.shape[0], 2, acc.shape[1] // 2)), (0, 2, 1)))
-
-
-@gluon.jit
-def _beside(left, right):
-    """Two halves as one."""
-    joined = gl.permute(gl.join(left, right), (0, 2, 1))
-    return gl.reshape(joined, (left.shape[0], 2 * left.shape[1]))
-
-
-@gluon.jit
 def _skip(ready, empty, stage, phase, k_end, BLOCK_K: gl.constexpr, STAGES: gl.constexpr):
     """Keep pace with the producer."""
     for _ in range(0, k_end, BLOCK_K):
         mbarrier.wait(ready.index(stage), phase)
         mbarrier.arrive(empty.index(stage), count=1)
-        stage, phase = _next(stage, phase, STAGES)
+        stage, phase = next_stage(stage, phase, STAGES)
     return stage, phase
 
 
@@ -302,21 +221,10 @@ def _running_sum(
         acc = warpgroup_mma_wait(1, deps=(acc,))
         # The stage before is free. It is computed: Triton would not carry a name that starts out as another's value.
         mbarrier.arrive(empty.index(gl.where(stage == 0, STAGES - 1, stage - 1)), count=1, pred=k > 0)
-        stage, phase = _next(stage, phase, STAGES)
+        stage, phase = next_stage(stage, phase, STAGES)
     acc = warpgroup_mma_wait(0, deps=(acc,))
     mbarrier.arrive(empty.index(gl.where(stage == 0, STAGES - 1, stage - 1)), count=1)
     return acc, stage, phase
-
-
-@gluon.jit
-def _scales(w, expert, left_n, right_n, n0, k, PARTS: gl.constexpr, LIMIT: gl.constexpr, K: gl.constexpr,
-            BLOCK_K: gl.constexpr, LOAD_SCALES: gl.constexpr):  # fmt: skip
-    """Scales of the weights of both halves in a step."""
-    left, _ = LOAD_SCALES(w, expert, left_n, n0, left_n < LIMIT, k, 0, K, BLOCK_K)
-    # The right half of the last block may lie past the last row, which has scales.
-    right_n0 = n0 if PARTS == 2 else gl.minimum(n0 + right_n.shape[0], LIMIT - 1)
-    right, _ = LOAD_SCALES(w, expert, right_n, right_n0, right_n < LIMIT, k, PARTS - 1, K, BLOCK_K)
-    return left, right
 
 
 @gluon.jit
@@ -330,12 +238,12 @@ def _sum_of_groups(
     part = gl.zeros((ROWS, WIDE // 2), gl.float32, LAYOUT)
     left = part
     right = part
-    row, live, slot = _rows(row0, end, schedule, LAYOUT, ROWS)
+    row, live, slot = rows_of(row0, end, schedule, LAYOUT, ROWS)
     scale_row = row_of(x, row, slot)
     left_n = n0 + gl.arange(0, WIDE // 2, gl.SliceLayout(0, LAYOUT))
     right_n = left_n if PARTS == 2 else left_n + WIDE // 2
     r = of_rows(x, scale_row, live, row0 * 0, BLOCK_K)
-    s_left, s_right = _scales(w, expert, left_n, right_n, n0, row0 * 0, PARTS, LIMIT, K, BLOCK_K, LOAD_SCALES)
+    s_left, s_right = scales_of_halves(w, expert, left_n, right_n, n0, row0 * 0, PARTS, LIMIT, K, BLOCK_K, LOAD_SCALES)
     for k in range(0, k_end, BLOCK_K):
         mbarrier.wait(ready.index(stage), phase)
         if GATHER:
@@ -344,7 +252,7 @@ def _sum_of_groups(
         part = warpgroup_mma(a, weights.index(stage * 2).permute((1, 0)), part, use_acc=False, is_async=True)
         ahead = gl.minimum(k + BLOCK_K, K - 1)
         r_next = of_rows(x, scale_row, live, ahead, BLOCK_K)
-        s_left_next, s_right_next = _scales(
+        s_left_next, s_right_next = scales_of_halves(
             w, expert, left_n, right_n, n0, ahead, PARTS, LIMIT, K, BLOCK_K, LOAD_SCALES
         )
         part = warpgroup_mma_wait(0, deps=(part,))
@@ -354,7 +262,7 @@ def _sum_of_groups(
         mbarrier.arrive(empty.index(stage), count=1)
         right = add_scaled(right, part, s_right, r, x, w, False)
         r, s_left, s_right = r_next, s_left_next, s_right_next
-        stage, phase = _next(stage, phase, STAGES)
+        stage, phase = next_stage(stage, phase, STAGES)
     return left, right, stage, phase
 
 
@@ -449,125 +357,8 @@ def _sum_of_words(
         )
         left, right = warpgroup_mma_wait(0, deps=(left, right))
         mbarrier.arrive(empty.index(stage), count=1)
-        stage, phase = _next(stage, phase, STAGES)
+        stage, phase = next_stage(stage, phase, STAGES)
     return left, right, stage, phase
-
-
-@gluon.jit
-def _facts(schedule, x, e, row0, end, LAYOUT: gl.constexpr, COUNT: gl.constexpr):
-    """Of rows: their slots, which of them are live, scales that hold for all of K, and router weights."""
-    row, live, slot = _rows(row0, end, schedule, LAYOUT, COUNT)
-    return slot, live, of_whole_rows(x, row_of(x, row, slot), live), weight_of(e, slot, live)
-
-
-@gluon.jit
-def _laid(values, LAYOUT: gl.constexpr):
-    """Facts of rows in the layout of half of their sums, which is another name for the same place."""
-    if values.type.is_block():
-        return gl.convert_layout(values, gl.SliceLayout(1, LAYOUT), assert_trivial=True)
-    else:
-        return values
-
-
-@gluon.jit
-def _finished(
-    acc, x, w, e, slot, live, r, weight, expert, n0,
-    PART: gl.constexpr, EVERY: gl.constexpr, LIMIT: gl.constexpr, FINISH: gl.constexpr, EPILOGUE: gl.constexpr,
-):  # fmt: skip
-    """What follows the sum of columns ``n0, n0 + EVERY ...`` of a part of the weights, up to its activation."""
-    LAYOUT: gl.constexpr = acc.type.layout
-    slot, live, r, weight = _laid(slot, LAYOUT), _laid(live, LAYOUT), _laid(r, LAYOUT), _laid(weight, LAYOUT)
-    n = n0 + EVERY * gl.arange(0, acc.shape[1], gl.SliceLayout(0, LAYOUT))
-    inside = n < LIMIT
-    acc = FINISH(acc, x, w, r, expert, n, gl.minimum(n0, LIMIT - 1), inside, PART)
-    return EPILOGUE(acc, e, weight, expert, slot, live, PART * w.up + n, inside)
-
-
-@gluon.jit
-def _write_live(value, schedule, out, row0, end, column0, COLUMNS: gl.constexpr):
-    """Live rows alone, by pointer."""
-    LAYOUT: gl.constexpr = value.type.layout
-    row, live, slot = _rows(row0, end, schedule, LAYOUT, value.shape[0])
-    column = column0 + gl.arange(0, value.shape[1], gl.SliceLayout(0, LAYOUT))
-    write(value, out, slot if out.by_slot else row, live, column, COLUMNS)
-
-
-@gluon.jit
-def _store(
-    result, schedule, out, out_desc, buffers, row0, end, column0,
-    CONSUMER: gl.constexpr, COLUMNS: gl.constexpr, STORE: gl.constexpr, ARRANGE: gl.constexpr, ENCODE: gl.constexpr,
-    LARGEST: gl.constexpr, OUT_GROUP: gl.constexpr,
-):  # fmt: skip
-    """By way of a buffer, from where a tensor map takes whole tiles while this consumer goes on; or from registers,
-    each row to its own place.
-    """
-    ROWS: gl.constexpr = result.shape[0]
-    BLOCK_N: gl.constexpr = result.shape[1]
-    SUMMED: gl.constexpr = result.type.layout
-    row, live, slot = _rows(row0, end, schedule, SUMMED, ROWS)
-    column = column0 + gl.arange(0, BLOCK_N, gl.SliceLayout(0, SUMMED))
-    dest = slot if out.by_slot else row
-    value = ARRANGE(STORE(result, out, dest, live, column, COLUMNS, ROWS, BLOCK_N, ENCODE, LARGEST, OUT_GROUP))
-    LAYOUT: gl.constexpr = _coalesced(BLOCK_N, value.dtype.primitive_bitwidth, gl.num_warps())
-    if buffers is None:
-        _write_live(gl.convert_layout(value, LAYOUT), schedule, out, row0, end, column0, COLUMNS)
-    else:
-        tma.store_wait(0)  # the tile before has left
-        # Addresses in a buffer are the same in every tile. Computed anew from a number that the compiler does not know,
-        # they take no registers while products are added up.
-        buffer = buffers.index(_told(row0 * 0 + CONSUMER))
-        buffer.store(value)
-        if row0 + ROWS <= end:
-            fence_async_shared()
-            store_box(out_desc, [row0, column0], buffer)
-        else:
-            _write_live(buffer.load(LAYOUT), schedule, out, row0, end, column0, COLUMNS)
-
-
-@gluon.jit
-def _activated_pairs(acc, p, ACTIVATION: gl.constexpr):
-    """Gate and up lie side by side."""
-    gate, up = gl.split(gl.reshape(acc, (acc.shape[0], acc.shape[1] // 2, 2)))
-    return ACTIVATION(gate, up, p)
-
-
-@gluon.jit
-def _conclude(
-    left, right, schedule, x, w, out, out_desc, buffers, e, p, slot, live, r, weight, expert, row0, end, n0, second,
-    column0,
-    CONSUMER: gl.constexpr, PARTS: gl.constexpr, EVERY: gl.constexpr, LIMIT: gl.constexpr, COLUMNS: gl.constexpr,
-    FINISH: gl.constexpr, EPILOGUE: gl.constexpr, ACTIVATION: gl.constexpr, GATE_UP: gl.constexpr,
-    STORE: gl.constexpr, ARRANGE: gl.constexpr, ENCODE: gl.constexpr, LARGEST: gl.constexpr, OUT_GROUP: gl.constexpr,
-):  # fmt: skip
-    """All that follows two sums, of columns ``n0 ...`` and ``second ...``: gate and up, or (EVERY == 1) two halves."""
-    left = _finished(left, x, w, e, slot, live, r, weight, expert, n0, 0, EVERY, LIMIT, FINISH, EPILOGUE)
-    # One half after the other where they do not meet: fewer registers.
-    if GATE_UP is None:
-        if ACTIVATION is not None:
-            left = ACTIVATION(left, p)
-        _store(
-            left, schedule, out, out_desc, buffers, row0, end, n0,
-            CONSUMER, COLUMNS, STORE, ARRANGE, ENCODE, LARGEST, OUT_GROUP,
-        )  # fmt: skip
-    elif GATE_UP == "interleaved" and EVERY == 1:
-        left = _activated_pairs(left, p, ACTIVATION)
-    right = _finished(right, x, w, e, slot, live, r, weight, expert, second, PARTS - 1, EVERY, LIMIT, FINISH, EPILOGUE)
-    if GATE_UP is None:
-        if ACTIVATION is not None:
-            right = ACTIVATION(right, p)
-        _store(
-            right, schedule, out, out_desc, buffers, row0, end, second,
-            CONSUMER, COLUMNS, STORE, ARRANGE, ENCODE, LARGEST, OUT_GROUP,
-        )  # fmt: skip
-    else:
-        if GATE_UP == "interleaved" and EVERY == 1:
-            result = _beside(left, _activated_pairs(right, p, ACTIVATION))
-        else:
-            result = ACTIVATION(left, right, p)
-        _store(
-            result, schedule, out, out_desc, buffers, row0, end, column0,
-            CONSUMER, COLUMNS, STORE, ARRANGE, ENCODE, LARGEST, OUT_GROUP,
-        )  # fmt: skip
 
 
 @gluon.jit
@@ -596,21 +387,21 @@ def _consume(
     )
     stage = 0
     phase = 0
-    expert, row0, end, block_n, _, more = _tile(first, n_tiles, schedule, a, ADAPTED, N_BLOCKS, GROUP_M)
+    expert, row0, end, block_n, _, more = tile_of(first, n_tiles, schedule, a, ADAPTED, N_BLOCKS, GROUP_M)
     for i in range(first, n_tiles * N_BLOCKS, step):
-        next_expert, next_row0, next_end, next_block_n, _, next_more = _tile(
+        next_expert, next_row0, next_end, next_block_n, _, next_more = tile_of(
             i + step, n_tiles, schedule, a, ADAPTED, N_BLOCKS, GROUP_M
         )
         mine = row0 + CONSUMER * (BLOCK_M - ROWS)
         steps_end = k_end
         if ADAPTED:
-            steps_end = k_end + _told(more) * BLOCK_K
+            steps_end = k_end + told(more) * BLOCK_K
         if mine < end:
             n0 = block_n * (WIDE // PARTS) + CONSUMER * ((WIDE - SHARE) // PARTS)
             second = n0 if PARTS == 2 else n0 + 1 if PAIRS else n0 + SHARE // 2
             EVERY: gl.constexpr = 2 if PAIRS else 1
             if SUM == "running":  # long before they are needed; sums of groups leave no registers for them
-                slot, live, r, weight = _facts(schedule, x, e, mine, end, LAYOUT, ROWS)
+                slot, live, r, weight = facts(schedule, x, e, mine, end, LAYOUT, ROWS)
             if DECODED:
                 left, right, stage, phase = _sum_of_words(
                     rows, weights, ready, empty, stage, phase, k_end, w, expert, n0, second,
@@ -622,21 +413,21 @@ def _consume(
                     rows, weights, ready, empty, stage, phase, k_end, schedule, x, w, expert, mine, end, n0,
                     CONSUMER, CONSUMERS, GATHER, PARTS, LIMIT, LOAD_SCALES, LAYOUT, K, BLOCK_K, STAGES,
                 )  # fmt: skip
-                slot, live, r, weight = _facts(schedule, x, e, mine, end, LAYOUT, ROWS)
+                slot, live, r, weight = facts(schedule, x, e, mine, end, LAYOUT, ROWS)
             else:
                 acc, stage, phase = _running_sum(
                     rows, weights, ready, empty, stage, phase, steps_end,
                     CONSUMER, CONSUMERS, GATHER or ADAPTED, ACCUMULATE, LAYOUT, BLOCK_K, STAGES,
                 )  # fmt: skip
-                left, right = _halves(acc)
+                left, right = halves(acc)
             if DECODED:
                 # Half of the rows at a time, each row in a few threads: what follows needs registers for every row.
-                ROW: gl.constexpr = _coalesced(SHARE // 2, 16, gl.num_warps())
-                left, lower_left = _halves(left)
-                right, lower_right = _halves(right)
+                ROW: gl.constexpr = coalesced(SHARE // 2, 16, gl.num_warps())
+                left, lower_left = halves(left)
+                right, lower_right = halves(right)
                 left, right = gl.convert_layout(left.T, ROW), gl.convert_layout(right.T, ROW)
-                slot, live, r, weight = _facts(schedule, x, e, mine, end, ROW, BLOCK_M // 2)
-                _conclude(
+                slot, live, r, weight = facts(schedule, x, e, mine, end, ROW, BLOCK_M // 2)
+                conclude(
                     left, right, schedule, x, w, out, out_desc, buffers, e, p, slot, live, r, weight, expert, mine, end,
                     n0, second, n0 * PARTS // 2,
                     CONSUMER, PARTS, EVERY, LIMIT, COLUMNS, FINISH, EPILOGUE, ACTIVATION, GATE_UP, STORE, ARRANGE,
@@ -644,9 +435,9 @@ def _consume(
                 )  # fmt: skip
                 left, right = gl.convert_layout(lower_left.T, ROW), gl.convert_layout(lower_right.T, ROW)
                 mine += BLOCK_M // 2
-                slot, live, r, weight = _facts(schedule, x, e, mine, end, ROW, BLOCK_M // 2)
+                slot, live, r, weight = facts(schedule, x, e, mine, end, ROW, BLOCK_M // 2)
             if not DECODED or mine < end:
-                _conclude(
+                conclude(
                     left, right, schedule, x, w, out, out_desc, buffers, e, p, slot, live, r, weight, expert, mine, end,
                     n0, second, n0 * PARTS // 2,
                     CONSUMER, PARTS, EVERY, LIMIT, COLUMNS, FINISH, EPILOGUE, ACTIVATION, GATE_UP, STORE, ARRANGE,
@@ -690,10 +481,10 @@ def grouped_gemm_sm90(
     rows = gl.allocate_shared_memory(MATH, [STAGES * 2, BLOCK_M // 2, BLOCK_K], X_LAYOUT)
     weights = gl.allocate_shared_memory(w_desc.dtype, [STAGES * PARTS, WIDE // PARTS, COUNT], w_desc.layout)
     SHARERS: gl.constexpr = 1 if SUM == "words" else CONSUMERS  # of rows
-    left = _seen_as(rows, [STAGES * SHARERS, BLOCK_M // SHARERS, BLOCK_K])
+    left = seen_as(rows, [STAGES * SHARERS, BLOCK_M // SHARERS, BLOCK_K])
     HALVES: gl.constexpr = 2 if SUM == "groups" else PARTS if SUM == "words" else 1
-    right = _seen_as(weights, [STAGES * HALVES, WIDE // HALVES, COUNT])
-    pieces = _seen_as(weights, [STAGES * PIECES, WIDE // PIECES, COUNT])
+    right = seen_as(weights, [STAGES * HALVES, WIDE // HALVES, COUNT])
+    pieces = seen_as(weights, [STAGES * PIECES, WIDE // PIECES, COUNT])
     if out_desc is None:
         buffers: gl.constexpr = None
     else:

@@ -28,8 +28,8 @@ class KernelConfig:
         words: weights are decoded by the word of 32 bits (NVIDIA, 4-bit codes and integers).
         scale_weights: scales of groups of K are applied to words as they are decoded even where a step lies in one
             group, and its product could be scaled instead. So the products add up in one sum.
-        specialised: the warp-specialised kernel of Hopper; ``warps`` are those of one group of consumers, of which
-            there are 8 in all.
+        specialised: a warp-specialised kernel of Hopper. Tiles of 128 rows: ``warps`` are those of one group of
+            consumers, of which there are 8 in all. Lower ones, of the kernel that streams weights: 4.
     """
 
     block_m: int
@@ -46,6 +46,11 @@ class KernelConfig:
     words: bool = False
     scale_weights: bool = False
     specialised: bool = False
+
+    @property
+    def streams(self) -> bool:
+        """The kernel of Hopper for few rows an expert, which streams weights."""
+        return self.specialised and self.block_m < 128
 
 
 @dataclass(frozen=True, kw_only=True)

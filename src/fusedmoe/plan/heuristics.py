@@ -25,8 +25,9 @@ GATHER_INTERMEDIATE = 4096
 SINGLE, ALONE = 4, 0.9
 #: Integers and 4-bit codes up to which that is faster than tensor cores; the second, of weights and rows.
 MANY_CODES = 200_000_000, 60_000_000
-#: Means of rows per expert at which :func:`why_portable` changes its mind.
+#: Means of rows per expert at which :func:`why_portable` changes its mind, and tiles that stream weights change.
 BREAKS = (12, 24, 64, 128)
+STREAMED = (4, 8, 24)
 #: Up to this I tiles that are half empty still pay in 16 bits: there are so many of them.
 NARROW_INTERMEDIATE = 512
 
@@ -40,8 +41,38 @@ def _next_power_of_2(value: float) -> int:
 
 def sm90_plan(problem: Problem, target: Target) -> TritonPlan:
     """The same pipeline with the warp-specialised GEMMs of Hopper, for a problem that they support."""
+    if problem.mean_rows <= STREAMED[2]:
+        plan = _streaming_plan(problem, target)
+        if not why_not_plan(plan, problem, target):
+            return plan
     gate_up = _specialised(problem, problem.gate_up_gemm, target, gate_up=True)
     down = _specialised(problem, problem.down_gemm, target, gate_up=False)
+    return assemble(problem, target, few=False, gate_up=gate_up, down=down)
+
+
+def _streaming_plan(problem: Problem, target: Target) -> TritonPlan:
+    """That of the kernel that streams weights, for few rows an expert.
+
+    Two programs to a multiprocessor, with room for one of the launch that follows; or, from 4 rows an expert on, one
+    with tiles of twice the width, which have all columns that share a scale where the intermediate becomes codes (fp8
+    by block on an H200, us both ways, qwen3-30b-a3b at T = 8, 64, 128, 256: 83.2 and 83.1, 162.5 and 160.1, 167.8 and
+    164.0, 180.5 and 173.5; dsv3-tp8 at 8, 32, 512: 102.6 and 104.4, 243.7 and 248.0, 441.1 and 420.8).
+    """
+    tall, wide_tiles = problem.mean_rows > STREAMED[1], problem.mean_rows >= STREAMED[0]
+
+    def tile(gemm: Gemm) -> KernelConfig:
+        return KernelConfig(
+            block_m=32 if tall else 16,
+            block_n=(256 if wide_tiles else 128) // gemm.width,
+            block_k=128 // bytes_of(multiply_in(gemm, target)),
+            stages=4 if not wide_tiles else 5 if tall else 6,
+            maps="w",
+            programs_per_sm=1 if wide_tiles else 2,
+            swap=True,
+            specialised=True,
+        )
+
+    gate_up, down = tile(problem.gate_up_gemm), tile(problem.down_gemm)
     return assemble(problem, target, few=False, gate_up=gate_up, down=down)
 
 
@@ -55,6 +86,14 @@ def why_portable(problem: Problem, target: Target) -> str | None:
     mean = problem.mean_rows
     interleaved = problem.activation.gated and problem.gate_up == "interleaved"
     gemms = problem.gate_up_gemm, problem.down_gemm
+    if sm90_plan(problem, target).gate_up.streams:
+        if _single(problem, target):
+            return f"rows one by one are faster at {problem.tokens} tokens"
+        if any(gemm.grouped for gemm in gemms):
+            return (
+                None  # portable kernels wait for scales and for products in turn, with weights of the next step alone
+            )
+        return f"the portable kernels are as fast at {mean:.3g} rows an expert"
     if any(decodes(gemm, target) for gemm in gemms):
         slower = mean < BREAKS[2]
     elif any(gemm.grouped for gemm in gemms):
@@ -72,8 +111,9 @@ def why_portable(problem: Problem, target: Target) -> str | None:
 def tokens_before_breaks(problem: Problem) -> list[int]:
     """Token counts below the problem's at which a backend is chosen for the last time before another is."""
     experts = max(problem.experts, problem.known_experts)
-    counts = (math.ceil(mean * experts / problem.top_k) - 1 for mean in BREAKS)
-    return [tokens for tokens in counts if 0 < tokens < problem.tokens]
+    ends = [mean * experts / problem.top_k for mean in (*BREAKS, *STREAMED)]
+    counts = {count for end in ends for count in (math.ceil(end) - 1, math.floor(end))}  # with the end and without
+    return sorted(tokens for tokens in counts if 0 < tokens < problem.tokens)
 
 
 def _specialised(problem: Problem, gemm: Gemm, target: Target, *, gate_up: bool) -> KernelConfig:
@@ -210,7 +250,7 @@ def assemble(problem: Problem, target: Target, *, few: bool, gate_up: KernelConf
         down=down,
         combine_block=max(16, min(1024, _next_power_of_2(problem.hidden))),
         multiply=(multiply_in(first, target), multiply_in(second, target)),
-        requantise=requantise(second, gate_up),
+        requantise=requantise(problem, gate_up),
         shrink=_shrink(problem, target, gate_up.block_m, few=few),
     )
 
@@ -232,7 +272,7 @@ def adapted(config: KernelConfig, problem: Problem, gemm: Gemm, target: Target) 
         config.block_m * wide(config, gemm) * (1 + 1 / halves) > registers * 32 * config.warps and config.block_n > 16
     ):
         narrow = replace(config, block_n=config.block_n // 2)
-        if requantise(problem.down_gemm, narrow) != requantise(problem.down_gemm, config):
+        if requantise(problem, narrow) != requantise(problem, config):
             break  # rows without adapters keep their bits only where the intermediate becomes codes at the same place
         config = narrow
     return config
@@ -266,15 +306,17 @@ def _shrink(problem: Problem, target: Target, block_m: int, *, few: bool) -> Shr
     )
 
 
-def requantise(down: Gemm, gate_up: KernelConfig) -> Requantise:
+def requantise(problem: Problem, gate_up: KernelConfig) -> Requantise:
     """Where the intermediate becomes codes: in the epilogue of gate-up when a tile has all that a scale is made of."""
-    inputs = down.inputs
+    inputs = problem.down_gemm.inputs
     if inputs is None:
         return "none"
     if gate_up.block_m == 1:
         return "kernel"
     if inputs.mode == "group":
-        stored = 128 if gate_up.specialised else gate_up.block_n  # columns that a tile stores at a time
+        stored = gate_up.block_n  # columns that a tile stores at a time
+        if gate_up.specialised:  # two halves apart, where they are not gate and up
+            stored = wide(gate_up, problem.gate_up_gemm) // 2
         whole = stored % inputs.group == 0
     else:
         # A NaN among integers is a NaN of their row's scale, which no tile alone can write.

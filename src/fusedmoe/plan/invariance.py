@@ -88,14 +88,14 @@ def alike(plan: TritonPlan, anchor: TritonPlan, problem: Problem, target: Target
         places.add("kernel")
 
     def same_codes(config: KernelConfig) -> bool:
-        return requantise(problem.down_gemm, config) in places
+        return requantise(problem, config) in places
 
     for block_m in (height for height in HEIGHTS if height >= plan.gate_up.block_m):
         first = _tiles(plan.gate_up, anchor.gate_up, problem.gate_up_gemm, block_m, problem, target)
         second = _tiles(plan.down, anchor.down, problem.down_gemm, block_m, problem, target)
         gate_up, down = next(filter(same_codes, first), None), next(second, None)
         if gate_up is not None and down is not None:
-            place = requantise(problem.down_gemm, gate_up)
+            place = requantise(problem, gate_up)
             unrounded = place != anchor.requantise
             gather = gate_up.maps == "xw"
             return replace(plan, gather=gather, gate_up=gate_up, down=down, requantise=place, unrounded=unrounded)

@@ -59,6 +59,9 @@ def shared_bytes(config: KernelConfig, gemm: Gemm, target: Target) -> int:
     the tensor cores. The epilogue converts layouts in shared memory: after the buffers are free in a kernel of one
     tile, beside them when the next tile's loads are already under way.
     """
+    if config.streams:  # the epilogue turns half of the sums, beside buffers that are never free
+        turned = config.block_m * wide(config, gemm) // 2 * 4
+        return _EXTRA + step_bytes(config, gemm, target) * config.stages + turned
     if config.specialised:  # the epilogue moves halves of 16-bit results, beside buffers that are never free
         return _EXTRA + step_bytes(config, gemm, target) * config.stages + config.block_m * 128 * 2
     math = multiply_in(gemm, target)
@@ -241,9 +244,16 @@ def why_not_specialised(config: KernelConfig, gemm: Gemm, target: Target) -> lis
         reasons.append(f"a sum of 128 columns has one scale, blocks of {form.block[0]} have several")
     if gemm.grouped and math == "int8":
         reasons.append("sums groups of e4m3 alone")
-    if config.block_m != 128 or wide(config, gemm) != 256 or config.warps not in ((4,) if decoded else (4, 8)):
+    if config.streams:
+        if config.block_m > 32 or wide(config, gemm) not in (128, 256) or config.warps != 4 or decoded:
+            reasons.append("streams weights as they are to tiles of 16 or 32 rows by 128 or 256 of weights, by 4 warps")
+        if not config.swap or config.maps != "w" or not config.programs_per_sm or config.group_m != 1:
+            reasons.append("weights that are streamed are the left operand, by tensor map, in a persistent grid")
+        if gemm.rank:
+            reasons.append("adds no adapters where it streams weights")
+    elif config.block_m != 128 or wide(config, gemm) != 256 or config.warps not in ((4,) if decoded else (4, 8)):
         reasons.append("a tile multiplies 128 rows by 256 of weights, with 8 warps together or by 4; decoded, by 4")
-    if gemm.rank and (form is not None or not gemm.steps):
+    elif gemm.rank and (form is not None or not gemm.steps):
         reasons.append(
             "adds adapters as steps of its sum: to layers that are not quantised, where LoRA is finite, with R and "
             "strides that are multiples of 8"

@@ -63,8 +63,10 @@ def starts(problem: Problem, target: Target) -> list[Tiles]:
     """
     found = []
     rows = problem.slots / problem.active_experts
-    if rows >= SPECIALISED and not SUPPORTS["gluon_sm90"](problem, target):
-        found.append(Tiles.of(sm90_plan(problem, target)))
+    if not SUPPORTS["gluon_sm90"](problem, target):
+        plan = sm90_plan(problem, target)
+        if rows >= SPECIALISED or plan.gate_up.streams:
+            found.append(Tiles.of(plan))
     if problem.slots <= FEW and rows <= 2:
         found.append(Tiles.of(single_plan(problem, target)))
     for few in (True, False) if problem.slots <= FEW else (False,):
@@ -102,6 +104,9 @@ def _variants(own: KernelConfig, gemm: Gemm, target: Target) -> Iterator[KernelC
     choices: dict[str, list[int | str | bool]] = {"stages": [2, 3, 4, 5], "group_m": [own.group_m, 1, 8]}
     if own.block_m == 1:
         choices = {"block_n": [1, 2, 4, 8], "block_k": [128, 256, 512, 1024, 2048], "warps": [1, 2, 4]}
+    elif own.streams:
+        width = gemm.width
+        choices = {"block_n": [128 // width, 256 // width], "stages": [3, 4, 5, 6], "programs_per_sm": [1, 2]}
     elif own.specialised:
         choices |= {"stages": [2, 3, 4], "warps": [4, 8], "maps": ["w", "xw"]}
     else:
