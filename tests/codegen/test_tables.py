@@ -19,7 +19,11 @@ if settings().interpret:
     pytest.skip("compiles, so TRITON_INTERPRET must not be set", allow_module_level=True)
 
 
-@pytest.mark.parametrize("path", own_tables.PATHS, ids=own_tables.name)
+#: Some files say that nothing is faster than what is planned, and have no tiles.
+WITH_TILES = [path for path in own_tables.PATHS if any(row["gate_up"] for row in own_tables.told(path)[0]["entries"])]
+
+
+@pytest.mark.parametrize("path", WITH_TILES, ids=own_tables.name)
 def test_measured_tiles_compile_without_spills(path):
     found, shape, scheme = own_tables.told(path)
     layer = draw_layer(shape, dtype=torch.bfloat16, device=torch.device("cpu"), scheme=scheme, values=False)

@@ -2,7 +2,8 @@
 
 With programmatic dependent launch (sm_90+) the next launch may start once every program of this one has
 released it, and must wait before it touches anything that this one, or an earlier launch of the layer, writes.
-Rule: every kernel waits before it releases. So when a launch starts, all but its direct predecessor are done.
+Rule: every kernel waits before it releases. So when a launch starts, all but its direct predecessor are done. The
+exceptions release first; what follows them reads nothing of theirs, nor of what they wait for, before it has waited.
 """
 
 from __future__ import annotations

@@ -249,14 +249,12 @@ def why_not_specialised(config: KernelConfig, gemm: Gemm, target: Target) -> lis
             reasons.append("streams weights as they are to tiles of 16 or 32 rows by 128 or 256 of weights, by 4 warps")
         if not config.swap or config.maps != "w" or not config.programs_per_sm or config.group_m != 1:
             reasons.append("weights that are streamed are the left operand, by tensor map, in a persistent grid")
-        if gemm.rank:
-            reasons.append("adds no adapters where it streams weights")
     elif config.block_m != 128 or wide(config, gemm) != 256 or config.warps not in ((4,) if decoded else (4, 8)):
         reasons.append("a tile multiplies 128 rows by 256 of weights, with 8 warps together or by 4; decoded, by 4")
-    elif gemm.rank and (form is not None or not gemm.steps):
+    if gemm.rank and (form is not None or not gemm.steps or config.streams):
         reasons.append(
-            "adds adapters as steps of its sum: to layers that are not quantised, where LoRA is finite, with R and "
-            "strides that are multiples of 8"
+            "adds adapters as steps of its sum in tiles of 128 rows: to layers that are not quantised, where LoRA is "
+            "finite, with R and strides that are multiples of 8"
         )
     if not gemm.rows_aligned:
         reasons.append("rows of hidden_states must be contiguous and start at multiples of 16 bytes")
