@@ -47,6 +47,7 @@ from fusedmoe.kernels.hopper import (
     scales_of_halves,
     seen_as,
     tile_of,
+    tokens_of,
     told,
 )
 from fusedmoe.kernels.lora import row_of_b
@@ -67,13 +68,6 @@ def _accumulator(wide, widest, bits, warps):
 
 
 # --- producer ------------------------------------------------------------------------------------------
-
-
-@gluon.jit
-def _tokens(row0, end, schedule, x, LAYOUT: gl.constexpr):
-    """Which rows of x half a tile is made of, and which of them are live."""
-    row, live, slot = rows_of(row0, end, schedule, LAYOUT, BLOCK_M // 2)
-    return row if x.per is None else slot // x.per, live
 
 
 @gluon.jit
@@ -138,16 +132,18 @@ def _produce(
     expert, row0, end, block_n, more0, more = tile_of(first, n_tiles, schedule, a, ADAPTED, N_BLOCKS, GROUP_M)
     if GATHER:
         column = gl.arange(0, BLOCK_K, gl.SliceLayout(0, LAYOUT))
-        upper, upper_live = _tokens(row0, end, schedule, x, LAYOUT)
-        lower, lower_live = _tokens(row0 + BLOCK_M // 2, end, schedule, x, LAYOUT)
+        upper, upper_live = tokens_of(row0, end, schedule, x, LAYOUT, BLOCK_M // 2)
+        lower, lower_live = tokens_of(row0 + BLOCK_M // 2, end, schedule, x, LAYOUT, BLOCK_M // 2)
     for i in range(first, n_tiles * N_BLOCKS, step):
         # What the next tile needs is loaded a tile ahead: three loads, one after the other.
         next_expert, next_row0, next_end, next_block_n, next_more0, next_more = tile_of(
             i + step, n_tiles, schedule, a, ADAPTED, N_BLOCKS, GROUP_M
         )
         if GATHER:
-            next_upper, next_upper_live = _tokens(next_row0, next_end, schedule, x, LAYOUT)
-            next_lower, next_lower_live = _tokens(next_row0 + BLOCK_M // 2, next_end, schedule, x, LAYOUT)
+            next_upper, next_upper_live = tokens_of(next_row0, next_end, schedule, x, LAYOUT, BLOCK_M // 2)
+            next_lower, next_lower_live = tokens_of(
+                next_row0 + BLOCK_M // 2, next_end, schedule, x, LAYOUT, BLOCK_M // 2
+            )
         weight_row = expert * w.rows_per_expert + block_n * BOX
         if GATHER:
             upper_pointers = pointers(x, upper, column)

@@ -63,9 +63,17 @@ def seen_as(buffer, SHAPE: gl.constexpr):
 
 @gluon.jit
 def rows_of(row0, end, schedule, LAYOUT: gl.constexpr, COUNT: gl.constexpr):
+    """Sorted rows from ``row0`` on, which of them are live, and their slots."""
     row = row0 + gl.arange(0, COUNT, gl.SliceLayout(1, LAYOUT))
     live = row < end
     return row, live, gl.load(schedule.slot + row, mask=live, other=0)
+
+
+@gluon.jit
+def tokens_of(row0, end, schedule, x, LAYOUT: gl.constexpr, COUNT: gl.constexpr):
+    """Which rows of x some rows of a tile are made of, and which of them are live."""
+    row, live, slot = rows_of(row0, end, schedule, LAYOUT, COUNT)
+    return row if x.per is None else slot // x.per, live
 
 
 @gluon.jit
@@ -116,8 +124,10 @@ def beside(left, right):
 
 
 @gluon.jit
-def scales_of_halves(w, expert, left_n, right_n, n0, k, PARTS: gl.constexpr, LIMIT: gl.constexpr, K: gl.constexpr,
-            BLOCK_K: gl.constexpr, LOAD_SCALES: gl.constexpr):  # fmt: skip
+def scales_of_halves(
+    w, expert, left_n, right_n, n0, k,
+    PARTS: gl.constexpr, LIMIT: gl.constexpr, K: gl.constexpr, BLOCK_K: gl.constexpr, LOAD_SCALES: gl.constexpr,
+):  # fmt: skip
     """Scales of the weights of both halves in a step."""
     left, _ = LOAD_SCALES(w, expert, left_n, n0, left_n < LIMIT, k, 0, K, BLOCK_K)
     # The right half of the last block may lie past the last row, which has scales.

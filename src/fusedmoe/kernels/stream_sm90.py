@@ -8,9 +8,9 @@ of weights: gate and up where they are concatenated, else two halves of its colu
 Grid: persistent, tile number ``program, program + programs, ...``, the tiles of a tile of rows one after the other; the
 ring goes on from tile to tile. ``ready[stage]`` completes when a buffer is full, ``empty[stage]`` when it is used up.
 
-AHEAD: the schedule, and weights that fill the ring, are read before the launch waits for the one before, which must not
-be the one that made the schedule. Where both have a multiprocessor's shared memory and registers beside each other, the
-stream of weights does not pause between two GEMMs.
+Two policies wait for the launch before: WAIT, before the schedule is read, and WAIT_FOR_ROWS, after that and after the
+weights that fill the ring; one of them does, the first where that launch made the schedule. Where both launches have a
+multiprocessor's shared memory and registers beside each other, the stream of weights does not pause between two GEMMs.
 """
 
 from __future__ import annotations
@@ -33,12 +33,11 @@ from fusedmoe.kernels.hopper import (
     load_box,
     next_stage,
     pointers,
-    rows_of,
     scales_of_halves,
     seen_as,
     tile_of,
+    tokens_of,
 )
-from fusedmoe.kernels.overlap import nothing
 from fusedmoe.kernels.scales import of_rows, row_of
 from fusedmoe.kernels.step import add_scaled
 
@@ -55,15 +54,9 @@ def _load_weights(w_desc, w, expert, block_n, k, full, weights, stage, wanted, P
 
 
 @gluon.jit
-def _index(row, slot, x):
-    """Rows of x that a tile is made of."""
-    return row if x.per is None else slot // x.per
-
-
-@gluon.jit
 def _produce(
     schedule, x, w, w_desc, rows, weights, ready, empty, first, step, k_end,
-    WAIT: gl.constexpr, PARTS: gl.constexpr, K: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_K: gl.constexpr,
+    WAIT_FOR_ROWS: gl.constexpr, PARTS: gl.constexpr, K: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_K: gl.constexpr,
     STAGES: gl.constexpr, N_BLOCKS: gl.constexpr,
 ):  # fmt: skip
     AHEAD: gl.constexpr = min(STAGES, (K + BLOCK_K - 1) // BLOCK_K)  # steps of the first tile that fill the ring
@@ -79,10 +72,9 @@ def _produce(
         _load_weights(
             w_desc, w, expert, first % N_BLOCKS, stage * BLOCK_K, ready.index(stage), weights, stage, there, PARTS
         )
-    WAIT()
+    WAIT_FOR_ROWS()
     expert, row0, end, block_n, _, _ = tile_of(first, n_tiles, schedule, None, False, N_BLOCKS, 1)
-    row, live, slot = rows_of(row0, end, schedule, LAYOUT, BLOCK_M)
-    index = _index(row, slot, x)
+    index, live = tokens_of(row0, end, schedule, x, LAYOUT, BLOCK_M)
     stage = 0
     phase = 1
     for i in range(first, n_tiles * N_BLOCKS, step):
@@ -90,8 +82,7 @@ def _produce(
         next_expert, next_row0, next_end, next_block_n, _, _ = tile_of(
             i + step, n_tiles, schedule, None, False, N_BLOCKS, 1
         )
-        next_row, next_live, next_slot = rows_of(next_row0, next_end, schedule, LAYOUT, BLOCK_M)
-        next_index = _index(next_row, next_slot, x)
+        next_index, next_live = tokens_of(next_row0, next_end, schedule, x, LAYOUT, BLOCK_M)
         at = pointers(x, index, column)
         for k in range(0, k_end, BLOCK_K):
             full = ready.index(stage)
@@ -163,7 +154,7 @@ def _sums_of_groups(
 @gluon.jit
 def _consume(
     schedule, x, w, out, e, p, rows, weights, ready, empty, first, step, k_end,
-    WAIT: gl.constexpr, GROUPS: gl.constexpr, ACCUMULATE: gl.constexpr, LOAD_SCALES: gl.constexpr,
+    WAIT_FOR_ROWS: gl.constexpr, SUM: gl.constexpr, ACCUMULATE: gl.constexpr, LOAD_SCALES: gl.constexpr,
     FINISH: gl.constexpr, EPILOGUE: gl.constexpr, ACTIVATION: gl.constexpr, GATE_UP: gl.constexpr,
     STORE: gl.constexpr, ARRANGE: gl.constexpr, ENCODE: gl.constexpr, LARGEST: gl.constexpr, OUT_GROUP: gl.constexpr,
     N: gl.constexpr, K: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
@@ -174,9 +165,9 @@ def _consume(
     LIMIT: gl.constexpr = COLUMNS if PARTS == 2 else N  # columns of a part of the weights
     HALF: gl.constexpr = weights.shape[1]
     K_BITS: gl.constexpr = 256 // rows.dtype.primitive_bitwidth
-    SUM: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, BLOCK_M, K_BITS])
+    SUMMED: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, BLOCK_M, K_BITS])
     ROW: gl.constexpr = coalesced(HALF, 16, gl.num_warps())
-    WAIT()
+    WAIT_FOR_ROWS()
     stage = 0
     phase = 0
     n_tiles = gl.load(schedule.n_tiles)
@@ -188,9 +179,9 @@ def _consume(
         n0 = block_n * (2 * HALF // PARTS)
         second = n0 if PARTS == 2 else n0 + HALF
         slot, live, r, weight = facts(schedule, x, e, row0, end, ROW, BLOCK_M)  # long before they are needed
-        left = gl.zeros((HALF, BLOCK_M), ACCUMULATE, SUM)
-        right = gl.zeros((HALF, BLOCK_M), ACCUMULATE, SUM)
-        if GROUPS:
+        left = gl.zeros((HALF, BLOCK_M), ACCUMULATE, SUMMED)
+        right = gl.zeros((HALF, BLOCK_M), ACCUMULATE, SUMMED)
+        if SUM == "groups":
             left, right, stage, phase = _sums_of_groups(
                 rows, weights, ready, empty, stage, phase, left, right, k_end, schedule, x, w, expert, row0, end, n0,
                 PARTS, LIMIT, LOAD_SCALES, K, BLOCK_K, STAGES,
@@ -213,11 +204,12 @@ def grouped_stream_sm90(
     schedule, x, w, out, e, p,  # Schedule, Rows, Weight, Output, Epilogue, Parameters
     w_desc,  # tensor map
     k_end,
-    WAIT: gl.constexpr, RELEASE: gl.constexpr, AHEAD: gl.constexpr, LOAD_SCALES: gl.constexpr, MATH: gl.constexpr,
-    FINISH: gl.constexpr, EPILOGUE: gl.constexpr, ACTIVATION: gl.constexpr, GATE_UP: gl.constexpr,
-    STORE: gl.constexpr, ARRANGE: gl.constexpr, ENCODE: gl.constexpr, LARGEST: gl.constexpr, OUT_GROUP: gl.constexpr,
-    N: gl.constexpr, K: gl.constexpr, ACCUMULATE: gl.constexpr,
-    GROUPS: gl.constexpr,  # scales are applied to the product of a step
+    WAIT: gl.constexpr, WAIT_FOR_ROWS: gl.constexpr, RELEASE: gl.constexpr,
+    LOAD_SCALES: gl.constexpr, MATH: gl.constexpr, FINISH: gl.constexpr, EPILOGUE: gl.constexpr,
+    ACTIVATION: gl.constexpr, GATE_UP: gl.constexpr, STORE: gl.constexpr, ARRANGE: gl.constexpr,
+    ENCODE: gl.constexpr, LARGEST: gl.constexpr, OUT_GROUP: gl.constexpr, N: gl.constexpr, K: gl.constexpr,
+    ACCUMULATE: gl.constexpr,
+    SUM: gl.constexpr,  # "running"; "groups": scales are applied to the product of a step
     X_LAYOUT: gl.constexpr,  # of rows in shared memory
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
     REGISTERS: gl.constexpr,  # of a thread that multiplies
@@ -236,17 +228,15 @@ def grouped_stream_sm90(
         mbarrier.init(ready.index(stage), count=129)  # the expectation, and threads that copy
         mbarrier.init(empty.index(stage), count=1)
     fence_async_shared()
-    if not AHEAD:
-        WAIT()
+    WAIT()
     RELEASE()
-    LATER: gl.constexpr = WAIT if AHEAD else nothing
     first = gl.program_id(0)
     step = gl.num_programs(0)
     gl.assume(k_end > 0)
     gl.warp_specialize([
         (_produce, (schedule, x, w, w_desc, rows, weights, ready, empty, first, step, k_end,
-                    LATER, PARTS, K, BLOCK_M, BLOCK_K, STAGES, N_BLOCKS)),
+                    WAIT_FOR_ROWS, PARTS, K, BLOCK_M, BLOCK_K, STAGES, N_BLOCKS)),
         (_consume, (schedule, x, w, out, e, p, rows, halves, ready, empty, first, step, k_end,
-                    LATER, GROUPS, ACCUMULATE, LOAD_SCALES, FINISH, EPILOGUE, ACTIVATION, GATE_UP, STORE, ARRANGE,
-                    ENCODE, LARGEST, OUT_GROUP, N, K, BLOCK_M, BLOCK_K, STAGES, N_BLOCKS)),
+                    WAIT_FOR_ROWS, SUM, ACCUMULATE, LOAD_SCALES, FINISH, EPILOGUE, ACTIVATION, GATE_UP, STORE,
+                    ARRANGE, ENCODE, LARGEST, OUT_GROUP, N, K, BLOCK_M, BLOCK_K, STAGES, N_BLOCKS)),
     ], [4], [REGISTERS])  # fmt: skip

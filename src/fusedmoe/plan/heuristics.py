@@ -314,9 +314,8 @@ def requantise(problem: Problem, gate_up: KernelConfig) -> Requantise:
     if gate_up.block_m == 1:
         return "kernel"
     if inputs.mode == "group":
-        stored = gate_up.block_n  # columns that a tile stores at a time
-        if gate_up.specialised:  # two halves apart, where they are not gate and up
-            stored = wide(gate_up, problem.gate_up_gemm) // 2
+        # What a tile stores at a time: specialised, two halves apart, where they are not gate and up.
+        stored = wide(gate_up, problem.gate_up_gemm) // 2 if gate_up.specialised else gate_up.block_n
         whole = stored % inputs.group == 0
     else:
         # A NaN among integers is a NaN of their row's scale, which no tile alone can write.

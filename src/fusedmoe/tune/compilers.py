@@ -44,9 +44,8 @@ class Compilers:
     """``jobs`` of them, as :func:`fusedmoe.backends.elsewhere.processes` counts them."""
 
     def __init__(self, work: Work, jobs: int | None = None) -> None:
-        from fusedmoe.backends import (
-            elsewhere,
-        )  # needs Triton, which a process that only asks what can be tuned does not
+        # It needs Triton, which a process that only asks what can be tuned does not.
+        from fusedmoe.backends import elsewhere
 
         self._pool = elsewhere.processes(jobs, initializer=_start, initargs=(work,))
 
