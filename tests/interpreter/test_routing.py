@@ -56,6 +56,7 @@ def test_schedule(shape, ids):
     assert work["row"][sorted_slots].tolist() == list(range(len(sorted_slots)))
     block_m = plan.triton.gate_up.block_m
     tiles = [(e, int(work["offset"][e]) + m) for e in range(n_experts) for m in range(0, int(counts[e]), block_m)]
+    assert work["claimed"].tolist() == [0, 0]
     n_tiles = int(work["n_tiles"])
     assert n_tiles == len(tiles) <= len(work["tile_expert"])
     assert list(zip(work["tile_expert"][:n_tiles].tolist(), work["tile_row"][:n_tiles].tolist(), strict=True)) == tiles

@@ -181,10 +181,13 @@ def both(form, **options) -> Problem:
     ("p", "backend"),
     [
         (problem(tokens=8192), "gluon_sm90"),
-        (problem(tokens=1024), "triton"),
-        (problem(8192, 2, 8, 4096, 14336), "triton"),
+        (problem(tokens=512), "triton"),
+        (problem(tokens=768), "gluon_sm90"),  # 362 and 337 us
+        (problem(256, 2, 8, 4096, 14336), "triton"),  # 727 and 740 us
+        (problem(512, 2, 8, 4096, 14336), "gluon_sm90"),  # 939 and 914 us
         (both(FP8_BLOCK, tokens=8192), "gluon_sm90"),
         (both(FP8_BLOCK, tokens=512), "triton"),
+        (both(FP8_BLOCK, tokens=192, top_k=2, experts=8, hidden=4096, intermediate=14336), "gluon_sm90"),  # 525 and 369
         (both(FP8_BLOCK, tokens=256), "gluon_sm90"),
         (both(FP8_BLOCK, tokens=8), "gluon_sm90"),  # 86.1 and 83.2 us
         (both(FP8_BLOCK, tokens=1), "triton"),
@@ -192,11 +195,13 @@ def both(form, **options) -> Problem:
         (problem(tokens=8), "triton"),
         (both(FP8_CHANNEL, tokens=1024), "gluon_sm90"),
         (both(FP8_CHANNEL, tokens=512), "triton"),
+        (both(FP8_CHANNEL, tokens=768), "gluon_sm90"),  # 251 and 226 us
         (both(INT8, tokens=8192), "gluon_sm90"),
         (problem(32768, 8, 32, 7168, 2048), "gluon_sm90"),  # 39.4 and 38.8 ms, in turns
         (problem(2048, 8, 32, 7168, 2048), "gluon_sm90"),  # 2.53 and 2.39 ms
         (problem(2048, 8, 256, 7168, 256), "gluon_sm90"),  # 960 and 908 us
-        (problem(2048, 4, 128, 2880, 2880), "triton"),  # 1.72 and 1.81 ms
+        (problem(1024, 8, 256, 7168, 256), "gluon_sm90"),  # 785 and 751 us
+        (problem(1536, 4, 128, 2880, 2880), "triton"),  # 1.63 and 1.64 ms
         (problem(8192, 4, 128, 2880, 2880), "gluon_sm90"),  # 3.57 and 3.40 ms
         (problem(8192, 4, 128, 2880, 2880, gate_up="interleaved"), "triton"),  # 3.38 and 3.76 ms
         (both(FP8_BLOCK, tokens=8192, gate_up="interleaved"), "gluon_sm90"),

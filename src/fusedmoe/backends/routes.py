@@ -62,6 +62,7 @@ def layout(problem: Problem) -> Layout:
         "tile_expert": ((most_tiles,), torch.int32),
         "tile_row": ((most_tiles,), torch.int32),
         "n_tiles": ((1,), torch.int32),
+        "claimed": ((2,), torch.int32),
     }
     if slots > ONE_LAUNCH:
         for name in ("counts", "base"):

@@ -60,7 +60,7 @@ def _common(product: Product) -> _Common:
     )
 
 
-def multiply(product: Product, options: dict[str, Any], schedule: Schedule, programs: int) -> None:
+def multiply(product: Product, options: dict[str, Any], schedule: Schedule, programs: int, *, second: bool) -> None:
     """One of the two GEMMs, on the current device."""
     config, x, out = product.config, product.x, product.out
     common = _common(product)
@@ -87,6 +87,7 @@ def multiply(product: Product, options: dict[str, Any], schedule: Schedule, prog
         k,
         **options,
         **common.constants,
+        GEMM=int(second),
         ELEMENT=common.element,
         ADAPTED=product.steps is not None,
         GROUP_M=config.group_m,

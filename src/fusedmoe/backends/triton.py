@@ -323,7 +323,8 @@ def down(call: Call, plan: Plan, schedule: Routed, hidden: Rows, work: Workspace
         PLAIN,
         steps=steps,
     )
-    _launch(call, product, after, schedule, turns=1 if problem.sparse else problem.top_k, ahead=True)
+    turns = 1 if problem.sparse else problem.top_k
+    _launch(call, product, after, schedule, turns, ahead=True, second=True)
     return rows
 
 
@@ -389,7 +390,14 @@ def _with_router_weight(e: Epilogue, call: Call) -> Epilogue:
 
 
 def _launch(
-    call: Call, product: Product, options: dict[str, Any], schedule: Routed, turns: int = 1, *, ahead: bool
+    call: Call,
+    product: Product,
+    options: dict[str, Any],
+    schedule: Routed,
+    turns: int = 1,
+    *,
+    ahead: bool,
+    second: bool = False,
 ) -> None:
     target = target_of(call.hidden_states.device)
     if product.config.block_m == 1:
@@ -407,7 +415,7 @@ def _launch(
         if product.config.streams:
             sm90.stream(product, options, schedule.schedule, programs, ahead=ahead)
         else:
-            sm90.multiply(product, options, schedule.schedule, programs)
+            sm90.multiply(product, options, schedule.schedule, programs, second=second)
 
 
 def _launch_portable(call: Call, product: Product, options: dict[str, Any], schedule: Routed, programs: int) -> None:

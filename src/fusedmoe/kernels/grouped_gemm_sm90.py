@@ -1,8 +1,10 @@
 """The grouped GEMM of Hopper, warp-specialised: what :mod:`fusedmoe.kernels.grouped_gemm` computes, by its policies.
 
-Grid: persistent, tile number ``program, program + programs, ...``. Every tile has BLOCK_M = 128 rows. Of a program's 12
-warps 4 produce and 8 consume. The producer streams steps of BLOCK_K columns through a ring of STAGES buffers: weights
-by tensor map, rows by tensor map where they lie sorted, else each from its own address (cp.async) on the same barrier.
+Grid: persistent. A program starts with the tile of its own number, and before it is done with one claims the next of
+all: tiles of few rows take half the time of full ones, so that programs with as many would end apart by a tile or more.
+Every tile has BLOCK_M = 128 rows. Of a program's 12 warps 4 produce and 8 consume. The producer claims tiles, tells the
+consumers their numbers, and streams steps of BLOCK_K columns through a ring of STAGES buffers: weights by tensor map,
+rows by tensor map where they lie sorted, else each from its own address (cp.async) on the same barrier.
 The consumers are one group of 128 rows, or two of 64 that drift apart, so that one multiplies while the other
 applies scales or stores; a group without a live row only keeps pace.
 
@@ -10,7 +12,8 @@ Adapters (``a``, Steps) are more steps of a tile: blocks of BLOCK_K columns of A
 adapter and else zeros, times B. They are copied by cp.async, and the sum goes on.
 
 ``ready[stage]`` completes when a buffer is full, ``empty[stage]`` when every consumer is done with it. Both sides
-count stages alike over all tiles of the program, so that the ring never drains between two.
+count stages alike over all tiles of the program, so that the ring never drains between two. Of tiles' numbers, two of
+which have a place, ``said`` and ``heard`` are the same.
 
 A tile multiplies WIDE rows of weights: as one sum, or, where scales are applied step by step, as two sums of half the
 columns that share the registers of one product. Both ways what follows the sums sees two halves: gate and up where
@@ -59,12 +62,44 @@ BLOCK_M = gl.constexpr(128)
 WIDE = gl.constexpr(256)
 #: Of a buffer of weights, as which adapters' B is copied: 64 rows each.
 PIECES = gl.constexpr(4)
+#: Columns that are left of a tile when its program claims the next; all, of a tile that has no more.
+AHEAD = gl.constexpr(2048)
 
 
 @gluon.constexpr_function
 def _accumulator(wide, widest, bits, warps):
     """Layout of a sum of WGMMA, whose K is 256 bits; Triton's for integers is no wider than 224."""
     return gl.NVMMADistributedLayout([3, 0], [warps, 1], [16, min(wide, widest), 256 // bits])
+
+
+# --- which tile is next ---------------------------------------------------------------------------------
+
+
+@gluon.constexpr_function
+def _alone(warps):
+    """Layout of one number, which every thread has."""
+    return gl.BlockedLayout([1], [32], [warps], [0])
+
+
+@gluon.jit
+def _claim(schedule, numbers, said, heard, place, phase, step, GEMM: gl.constexpr):
+    """The number of the next tile, which consumers are told."""
+    number = step + gl.atomic_add(schedule.claimed + GEMM, 1, sem="relaxed")
+    mbarrier.wait(heard.index(place), phase)
+    numbers.index(place).store(gl.full([1], number, gl.int32, _alone(gl.num_warps())))
+    mbarrier.arrive(said.index(place), count=1)
+    place, phase = next_stage(place, phase, 2)
+    return number, place, phase
+
+
+@gluon.jit
+def _hear(numbers, said, heard, place, phase):
+    """The number of the next tile."""
+    mbarrier.wait(said.index(place), phase)
+    number = gl.max(numbers.index(place).load(_alone(gl.num_warps())), 0)
+    mbarrier.arrive(heard.index(place), count=1)
+    place, phase = next_stage(place, phase, 2)
+    return number, place, phase
 
 
 # --- producer ------------------------------------------------------------------------------------------
@@ -115,59 +150,84 @@ def _copy_step(
 
 
 @gluon.jit
+def _load_steps(
+    x, w, x_desc, w_desc, rows, weights, ready, empty, stage, phase, first, last, weight_row, row0,
+    upper, upper_live, lower, lower_live,  # rows of both halves, where they are gathered
+    ADAPTED: gl.constexpr, PARTS: gl.constexpr, K: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Both operands of the steps from columns ``first`` up to ``last``."""
+    GATHER: gl.constexpr = x_desc is None
+    W_BYTES: gl.constexpr = WIDE * weights.shape[2] * weights.dtype.primitive_bitwidth // 8
+    BYTES: gl.constexpr = W_BYTES if GATHER else W_BYTES + BLOCK_M * BLOCK_K * rows.dtype.primitive_bitwidth // 8
+    PER_ITEM: gl.constexpr = BLOCK_K // weights.shape[2]
+    LAYOUT: gl.constexpr = coalesced(BLOCK_K, rows.dtype.primitive_bitwidth, gl.num_warps())
+    column = gl.arange(0, BLOCK_K, gl.SliceLayout(0, LAYOUT))
+    if GATHER:
+        upper_pointers = pointers(x, upper, column)
+        lower_pointers = pointers(x, lower, column)
+    for k in range(first, last, BLOCK_K):
+        full = ready.index(stage)
+        mbarrier.wait(empty.index(stage), phase)
+        mbarrier.expect(full, BYTES)
+        load_box(w_desc, [weight_row, k // PER_ITEM], full, weights.index(stage * PARTS))
+        if PARTS == 2:
+            load_box(w_desc, [weight_row + w.up, k // PER_ITEM], full, weights.index(stage * PARTS + 1))
+        if GATHER:
+            copy(upper_pointers + k, upper_live, column, rows.index(stage * 2), k, K, BLOCK_K)
+            copy(lower_pointers + k, lower_live, column, rows.index(stage * 2 + 1), k, K, BLOCK_K)
+            async_copy.mbarrier_arrive(full, increment_count=False)
+        else:
+            load_box(x_desc, [row0, k], full, rows.index(stage * 2))
+            load_box(x_desc, [row0 + BLOCK_M // 2, k], full, rows.index(stage * 2 + 1))
+            if ADAPTED:  # the barrier counts threads, as it must where they copy
+                async_copy.mbarrier_arrive(full, increment_count=False)
+        stage, phase = next_stage(stage, phase, STAGES)
+    return stage, phase
+
+
+@gluon.jit
 def _produce(
-    schedule, x, w, a, x_desc, w_desc, rows, weights, pieces, ready, empty, first, n_tiles, step, k_end,
-    ADAPTED: gl.constexpr, PARTS: gl.constexpr, LIMIT: gl.constexpr, K: gl.constexpr, BLOCK_K: gl.constexpr,
-    STAGES: gl.constexpr, N_BLOCKS: gl.constexpr, GROUP_M: gl.constexpr,
+    schedule, x, w, a, x_desc, w_desc, rows, weights, pieces, ready, empty, numbers, said, heard, first, n_tiles, step,
+    k_end,
+    GEMM: gl.constexpr, ADAPTED: gl.constexpr, PARTS: gl.constexpr, LIMIT: gl.constexpr, K: gl.constexpr,
+    BLOCK_K: gl.constexpr, STAGES: gl.constexpr, N_BLOCKS: gl.constexpr, GROUP_M: gl.constexpr,
 ):  # fmt: skip
     GATHER: gl.constexpr = x_desc is None
     BOX: gl.constexpr = WIDE // PARTS
-    W_BYTES: gl.constexpr = WIDE * weights.shape[2] * weights.dtype.primitive_bitwidth // 8
-    X_BITS: gl.constexpr = rows.dtype.primitive_bitwidth
-    BYTES: gl.constexpr = W_BYTES if GATHER else W_BYTES + BLOCK_M * BLOCK_K * X_BITS // 8
-    PER_ITEM: gl.constexpr = BLOCK_K // weights.shape[2]
-    LAYOUT: gl.constexpr = coalesced(BLOCK_K, X_BITS, gl.num_warps())
+    LAYOUT: gl.constexpr = coalesced(BLOCK_K, rows.dtype.primitive_bitwidth, gl.num_warps())
     stage = 0
     phase = 1
-    expert, row0, end, block_n, more0, more = tile_of(first, n_tiles, schedule, a, ADAPTED, N_BLOCKS, GROUP_M)
+    place = 0
+    place_phase = 1
+    # Late, so that who is done first claims more; early enough to look up what that tile needs, three loads one after
+    # the other.
+    late = gl.maximum(k_end - AHEAD, 0) // BLOCK_K * BLOCK_K
+    i = first
+    expert, row0, end, block_n, more0, more = tile_of(i, n_tiles, schedule, a, ADAPTED, N_BLOCKS, GROUP_M)
     if GATHER:
-        column = gl.arange(0, BLOCK_K, gl.SliceLayout(0, LAYOUT))
         upper, upper_live = tokens_of(row0, end, schedule, x, LAYOUT, BLOCK_M // 2)
         lower, lower_live = tokens_of(row0 + BLOCK_M // 2, end, schedule, x, LAYOUT, BLOCK_M // 2)
-    for i in range(first, n_tiles * N_BLOCKS, step):
-        # What the next tile needs is loaded a tile ahead: three loads, one after the other.
+    else:
+        upper, upper_live, lower, lower_live = 0, 0, 0, 0
+    while i < n_tiles * N_BLOCKS:
+        weight_row = expert * w.rows_per_expert + block_n * BOX
+        stage, phase = _load_steps(
+            x, w, x_desc, w_desc, rows, weights, ready, empty, stage, phase, 0, late, weight_row, row0,
+            upper, upper_live, lower, lower_live, ADAPTED, PARTS, K, BLOCK_K, STAGES,
+        )  # fmt: skip
+        i, place, place_phase = _claim(schedule, numbers, said, heard, place, place_phase, step, GEMM)
         next_expert, next_row0, next_end, next_block_n, next_more0, next_more = tile_of(
-            i + step, n_tiles, schedule, a, ADAPTED, N_BLOCKS, GROUP_M
+            i, n_tiles, schedule, a, ADAPTED, N_BLOCKS, GROUP_M
         )
         if GATHER:
             next_upper, next_upper_live = tokens_of(next_row0, next_end, schedule, x, LAYOUT, BLOCK_M // 2)
             next_lower, next_lower_live = tokens_of(
                 next_row0 + BLOCK_M // 2, next_end, schedule, x, LAYOUT, BLOCK_M // 2
             )
-        weight_row = expert * w.rows_per_expert + block_n * BOX
-        if GATHER:
-            upper_pointers = pointers(x, upper, column)
-            lower_pointers = pointers(x, lower, column)
-        for k in range(0, k_end, BLOCK_K):
-            full = ready.index(stage)
-            mbarrier.wait(empty.index(stage), phase)
-            mbarrier.expect(full, BYTES)
-            load_box(w_desc, [weight_row, k // PER_ITEM], full, weights.index(stage * PARTS))
-            if PARTS == 2:
-                up_row = weight_row + w.up
-                load_box(w_desc, [up_row, k // PER_ITEM], full, weights.index(stage * PARTS + 1))
-            if GATHER:
-                copy(upper_pointers, upper_live, column, rows.index(stage * 2), k, K, BLOCK_K)
-                copy(lower_pointers, lower_live, column, rows.index(stage * 2 + 1), k, K, BLOCK_K)
-                async_copy.mbarrier_arrive(full, increment_count=False)
-                upper_pointers += BLOCK_K
-                lower_pointers += BLOCK_K
-            else:
-                load_box(x_desc, [row0, k], full, rows.index(stage * 2))
-                load_box(x_desc, [row0 + BLOCK_M // 2, k], full, rows.index(stage * 2 + 1))
-                if ADAPTED:  # the barrier counts threads, as it must where they copy
-                    async_copy.mbarrier_arrive(full, increment_count=False)
-            stage, phase = next_stage(stage, phase, STAGES)
+        stage, phase = _load_steps(
+            x, w, x_desc, w_desc, rows, weights, ready, empty, stage, phase, late, k_end, weight_row, row0,
+            upper, upper_live, lower, lower_live, ADAPTED, PARTS, K, BLOCK_K, STAGES,
+        )  # fmt: skip
         if ADAPTED:
             for turn in range(told(more)):
                 j = more0 + turn
@@ -359,7 +419,8 @@ def _sum_of_words(
 
 @gluon.jit
 def _consume(
-    schedule, x, w, a, out, out_desc, buffers, e, p, rows, weights, ready, empty, first, n_tiles, step, k_end,
+    schedule, x, w, a, out, out_desc, buffers, e, p, rows, weights, ready, empty, numbers, said, heard, first, n_tiles,
+    k_end,
     CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr, ADAPTED: gl.constexpr, GATHER: gl.constexpr, SUM: gl.constexpr,
     ACCUMULATE: gl.constexpr, LOAD_SCALES: gl.constexpr, MATH: gl.constexpr, ELEMENT: gl.constexpr,
     FINISH: gl.constexpr, EPILOGUE: gl.constexpr, ACTIVATION: gl.constexpr, GATE_UP: gl.constexpr,
@@ -383,11 +444,11 @@ def _consume(
     )
     stage = 0
     phase = 0
-    expert, row0, end, block_n, _, more = tile_of(first, n_tiles, schedule, a, ADAPTED, N_BLOCKS, GROUP_M)
-    for i in range(first, n_tiles * N_BLOCKS, step):
-        next_expert, next_row0, next_end, next_block_n, _, next_more = tile_of(
-            i + step, n_tiles, schedule, a, ADAPTED, N_BLOCKS, GROUP_M
-        )
+    place = 0
+    place_phase = 0
+    i = first
+    expert, row0, end, block_n, _, more = tile_of(i, n_tiles, schedule, a, ADAPTED, N_BLOCKS, GROUP_M)
+    while i < n_tiles * N_BLOCKS:
         mine = row0 + CONSUMER * (BLOCK_M - ROWS)
         steps_end = k_end
         if ADAPTED:
@@ -416,6 +477,10 @@ def _consume(
                     CONSUMER, CONSUMERS, GATHER or ADAPTED, ACCUMULATE, LAYOUT, BLOCK_K, STAGES,
                 )  # fmt: skip
                 left, right = halves(acc)
+            i, place, place_phase = _hear(numbers, said, heard, place, place_phase)
+            next_expert, next_row0, next_end, next_block_n, _, next_more = tile_of(
+                i, n_tiles, schedule, a, ADAPTED, N_BLOCKS, GROUP_M
+            )
             if DECODED:
                 # Half of the rows at a time, each row in a few threads: what follows needs registers for every row.
                 ROW: gl.constexpr = coalesced(SHARE // 2, 16, gl.num_warps())
@@ -441,6 +506,10 @@ def _consume(
                 )  # fmt: skip
         else:
             stage, phase = _skip(ready, empty, stage, phase, steps_end, BLOCK_K, STAGES)
+            i, place, place_phase = _hear(numbers, said, heard, place, place_phase)
+            next_expert, next_row0, next_end, next_block_n, _, next_more = tile_of(
+                i, n_tiles, schedule, a, ADAPTED, N_BLOCKS, GROUP_M
+            )
         expert, row0, end, block_n, more = next_expert, next_row0, next_end, next_block_n, next_more
     if buffers is not None:
         tma.store_wait(0)
@@ -459,6 +528,7 @@ def grouped_gemm_sm90(
     FINISH: gl.constexpr, EPILOGUE: gl.constexpr, ACTIVATION: gl.constexpr, GATE_UP: gl.constexpr,
     STORE: gl.constexpr, ARRANGE: gl.constexpr, ENCODE: gl.constexpr, LARGEST: gl.constexpr, OUT_GROUP: gl.constexpr,
     N: gl.constexpr, K: gl.constexpr, ACCUMULATE: gl.constexpr,
+    GEMM: gl.constexpr,  # 0 or 1: of which tiles are claimed
     ADAPTED: gl.constexpr,  # there is ``a``, and the sum is a running one of 16 bits
     SUM: gl.constexpr,  # "running"; "groups": scales are applied to the product of a step; "words": to decoded weights
     X_LAYOUT: gl.constexpr,  # of rows in shared memory
@@ -489,6 +559,12 @@ def grouped_gemm_sm90(
         buffers = gl.allocate_shared_memory(out_desc.dtype, AT_ONCE, out_desc.layout)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    numbers = gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    said = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    heard = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for turn in gl.static_range(2):
+        mbarrier.init(said.index(turn), count=1)
+        mbarrier.init(heard.index(turn), count=CONSUMERS)
     for stage in gl.static_range(STAGES):
         mbarrier.init(ready.index(stage), count=129 if COPIES else 1)  # the expectation, and threads that copy
         mbarrier.init(empty.index(stage), count=CONSUMERS)
@@ -497,7 +573,7 @@ def grouped_gemm_sm90(
     RELEASE()
     # Of 504 registers of three threads, one of each group of warps, two consumers take these: two sums of 64 x 128 and
     # a product, or one sum of 64 x 256. The producer has the rest, for addresses where it copies.
-    REGISTERS: gl.constexpr = 216 if COPIES and SUM != "words" else 224
+    REGISTERS: gl.constexpr = 216 if COPIES else 224
     first = gl.program_id(0)
     step = gl.num_programs(0)
     n_tiles = gl.load(schedule.n_tiles)
@@ -506,25 +582,28 @@ def grouped_gemm_sm90(
     # registers. Tuples are written out where they are used: in a variable they would lose their constants.
     if CONSUMERS == 2:
         gl.warp_specialize([
-            (_produce, (schedule, x, w, a, x_desc, w_desc, rows, weights, pieces, ready, empty, first, n_tiles, step,
-                        k_end,
-                        ADAPTED, PARTS, LIMIT, K, BLOCK_K, STAGES, N_BLOCKS, GROUP_M)),
-            (_consume, (schedule, x, w, a, out, out_desc, buffers, e, p, left, right, ready, empty, first, n_tiles,
-                        step, k_end, 0, CONSUMERS, ADAPTED, GATHER, SUM, ACCUMULATE, LOAD_SCALES, MATH, ELEMENT, FINISH,
+            (_produce, (schedule, x, w, a, x_desc, w_desc, rows, weights, pieces, ready, empty, numbers, said, heard,
+                        first, n_tiles, step, k_end,
+                        GEMM, ADAPTED, PARTS, LIMIT, K, BLOCK_K, STAGES, N_BLOCKS, GROUP_M)),
+            (_consume, (schedule, x, w, a, out, out_desc, buffers, e, p, left, right, ready, empty, numbers, said,
+                        heard, first, n_tiles, k_end,
+                        0, CONSUMERS, ADAPTED, GATHER, SUM, ACCUMULATE, LOAD_SCALES, MATH, ELEMENT, FINISH,
                         EPILOGUE, ACTIVATION, GATE_UP, STORE, ARRANGE, ENCODE, LARGEST, OUT_GROUP, N, K, BLOCK_K,
                         STAGES, N_BLOCKS, GROUP_M)),
-            (_consume, (schedule, x, w, a, out, out_desc, buffers, e, p, left, right, ready, empty, first, n_tiles,
-                        step, k_end, 1, CONSUMERS, ADAPTED, GATHER, SUM, ACCUMULATE, LOAD_SCALES, MATH, ELEMENT, FINISH,
+            (_consume, (schedule, x, w, a, out, out_desc, buffers, e, p, left, right, ready, empty, numbers, said,
+                        heard, first, n_tiles, k_end,
+                        1, CONSUMERS, ADAPTED, GATHER, SUM, ACCUMULATE, LOAD_SCALES, MATH, ELEMENT, FINISH,
                         EPILOGUE, ACTIVATION, GATE_UP, STORE, ARRANGE, ENCODE, LARGEST, OUT_GROUP, N, K, BLOCK_K,
                         STAGES, N_BLOCKS, GROUP_M)),
         ], [4, 4], [REGISTERS, REGISTERS])  # fmt: skip
     else:
         gl.warp_specialize([
-            (_produce, (schedule, x, w, a, x_desc, w_desc, rows, weights, pieces, ready, empty, first, n_tiles, step,
-                        k_end,
-                        ADAPTED, PARTS, LIMIT, K, BLOCK_K, STAGES, N_BLOCKS, GROUP_M)),
-            (_consume, (schedule, x, w, a, out, out_desc, buffers, e, p, left, right, ready, empty, first, n_tiles,
-                        step, k_end, 0, CONSUMERS, ADAPTED, GATHER, SUM, ACCUMULATE, LOAD_SCALES, MATH, ELEMENT, FINISH,
+            (_produce, (schedule, x, w, a, x_desc, w_desc, rows, weights, pieces, ready, empty, numbers, said, heard,
+                        first, n_tiles, step, k_end,
+                        GEMM, ADAPTED, PARTS, LIMIT, K, BLOCK_K, STAGES, N_BLOCKS, GROUP_M)),
+            (_consume, (schedule, x, w, a, out, out_desc, buffers, e, p, left, right, ready, empty, numbers, said,
+                        heard, first, n_tiles, k_end,
+                        0, CONSUMERS, ADAPTED, GATHER, SUM, ACCUMULATE, LOAD_SCALES, MATH, ELEMENT, FINISH,
                         EPILOGUE, ACTIVATION, GATE_UP, STORE, ARRANGE, ENCODE, LARGEST, OUT_GROUP, N, K, BLOCK_K,
                         STAGES, N_BLOCKS, GROUP_M)),
         ], [8], [REGISTERS])  # fmt: skip

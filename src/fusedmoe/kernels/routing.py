@@ -4,7 +4,7 @@ Up to some thousand slots in one launch, ``route``: the row of a slot is the num
 by comparing it with all of them. More slots are sorted chunk by chunk, in three launches:
 
 * ``count``:   chunk c -> how many of its slots chose each expert;
-* ``offsets``: turns counts into the first row of (chunk, expert), and writes the offsets;
+* ``offsets``: turns counts into the first row of (chunk, expert), and writes the offsets; no tile is claimed yet;
 * ``scatter``: chunk c sorts its slots and writes them to their rows; programs also write the tiles.
 
 Invariants: (1) rows of expert e are ``offset[e] .. offset[e + 1]``, in the order of slots, or of the tokens in
@@ -65,6 +65,7 @@ def _store_offsets(schedule, total, E: tl.constexpr, E_PAD: tl.constexpr, BLOCK_
     tl.store(schedule.offset + e + 1, end, mask=e < E)
     tl.store(schedule.offset, 0)
     tl.store(schedule.n_tiles, tl.sum((total + BLOCK_M - 1) // BLOCK_M))
+    tl.store(schedule.claimed + tl.arange(0, 2), 0)
 
 
 @triton.jit

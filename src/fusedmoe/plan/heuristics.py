@@ -26,11 +26,18 @@ SINGLE, ALONE = 4, 0.9
 #: Integers and 4-bit codes up to which that is faster than tensor cores; the second, of weights and rows.
 MANY_CODES = 200_000_000, 60_000_000
 #: Means of rows per expert at which :func:`why_portable` changes its mind.
-BREAKS = (12, 24, 64, 128)
+BREAKS = (12, 24, 48, 64, 128)
 #: From the first on tiles of streamed weights are wide, beyond the second tall, and beyond the last there are none.
 STREAMED = (4, 8, 24)
-#: Up to this I tiles that are half empty still pay in 16 bits: there are so many of them.
-NARROW_INTERMEDIATE = 512
+#: In 16 bits, with I from the first on, rows an expert from which on tiles of 128 pay: the narrower, the more tiles
+#: there are, and the more of them may be half empty (us on an H200, portable and specialised: dsv3-tp8 at T = 1024
+#: 785 and 751; qwen3-30b-a3b at 512 and 768 323 and 324, 362 and 337; gpt-oss-120b at 1536, 2048 and 8192 1626 and
+#: 1643, 1664 and 1671, 3681 and 3129; mixtral-8x7b at 256, 512 and 8192 727 and 740, 939 and 914, 9156 and 8817).
+ROWS_IN_16_BITS = ((GATHER_INTERMEDIATE, 128), (2048, 64), (513, 48), (0, 24))
+#: Up to this H tiles that are half empty do not pay where sums are of groups: nothing hides what follows so few steps
+#: (fp8 by block on an H200, us portable and specialised: qwen3-30b-a3b at T = 768 217 and 225, dsv3-ep8 at 192 380 and
+#: 380, gpt-oss-120b at 1536 956 and 913, dsv3-tp8 at 1536 569 and 509, mixtral-8x7b at 192 525 and 369).
+SHORT_HIDDEN = 2048
 
 
 def _next_power_of_2(value: float) -> int:
@@ -81,9 +88,9 @@ def why_portable(problem: Problem, target: Target) -> str | None:
     """Why the portable kernels are faster than those of :func:`sm90_plan`; None when they are not.
 
     A tile of 128 rows needs rows; few have tiles to which weights are streamed. Scales that are applied step by step
-    stall the portable kernel, so that these pay, and tiles of 128 which are hardly filled too, but where its own are of
-    64 rows. Weights of 16 bits gain least. Gate and up side by side change places in their epilogue, but where they are
-    decoded: then on their way in.
+    stall the portable kernel, so that these pay from fewer rows on, where K is long. Weights of 16 bits gain least, and
+    those that are decoded need the most rows. Gate and up side by side change places in their epilogue, but where they
+    are decoded: then on their way in.
     """
     mean = problem.mean_rows
     interleaved = problem.activation.gated and problem.gate_up == "interleaved"
@@ -95,16 +102,15 @@ def why_portable(problem: Problem, target: Target) -> str | None:
             return f"the portable kernels are as fast at {mean:.3g} rows an expert"
         return None
     if any(decodes(gemm, target) for gemm in gemms):
-        slower = mean < BREAKS[2]
+        slower = mean < BREAKS[3]
     elif any(gemm.grouped for gemm in gemms):
-        slower = mean < BREAKS[0] or BREAKS[1] <= mean < BREAKS[2]
+        slower = mean < BREAKS[0] or BREAKS[1] <= mean < BREAKS[3] and problem.hidden <= SHORT_HIDDEN
     elif all(bytes_of(multiply_in(gemm, target)) == 1 for gemm in gemms):
         integers = all(multiply_in(gemm, target) == "int8" for gemm in gemms)
         slower = mean < BREAKS[2] or not integers and interleaved
-    elif problem.intermediate >= GATHER_INTERMEDIATE:
-        return f"the portable kernels are faster at I = {problem.intermediate} in 16 bits"
     else:
-        slower = mean < BREAKS[2 if problem.intermediate <= NARROW_INTERMEDIATE else 3] or interleaved
+        rows = next(rows for least, rows in ROWS_IN_16_BITS if problem.intermediate >= least)
+        slower = mean < rows or interleaved
     return f"the portable kernels are faster at {mean:.3g} rows an expert" if slower else None
 
 
