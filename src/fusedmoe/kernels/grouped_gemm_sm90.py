@@ -93,13 +93,19 @@ def _claim(schedule, numbers, said, heard, place, phase, step, GEMM: gl.constexp
 
 
 @gluon.jit
-def _hear(numbers, said, heard, place, phase):
-    """The number of the next tile."""
+def _hear(
+    schedule, a, numbers, said, heard, place, phase, n_tiles,
+    ADAPTED: gl.constexpr, N_BLOCKS: gl.constexpr, GROUP_M: gl.constexpr,
+):  # fmt: skip
+    """The number of the next tile, its expert, first row, row behind the expert's last, column block and number of
+    steps of adapters.
+    """
     mbarrier.wait(said.index(place), phase)
     number = gl.max(numbers.index(place).load(_alone(gl.num_warps())), 0)
     mbarrier.arrive(heard.index(place), count=1)
     place, phase = next_stage(place, phase, 2)
-    return number, place, phase
+    expert, row0, end, block_n, _, more = tile_of(number, n_tiles, schedule, a, ADAPTED, N_BLOCKS, GROUP_M)
+    return number, expert, row0, end, block_n, more, place, phase
 
 
 # --- producer ------------------------------------------------------------------------------------------
@@ -477,9 +483,8 @@ def _consume(
                     CONSUMER, CONSUMERS, GATHER or ADAPTED, ACCUMULATE, LAYOUT, BLOCK_K, STAGES,
                 )  # fmt: skip
                 left, right = halves(acc)
-            i, place, place_phase = _hear(numbers, said, heard, place, place_phase)
-            next_expert, next_row0, next_end, next_block_n, _, next_more = tile_of(
-                i, n_tiles, schedule, a, ADAPTED, N_BLOCKS, GROUP_M
+            i, next_expert, next_row0, next_end, next_block_n, next_more, place, place_phase = _hear(
+                schedule, a, numbers, said, heard, place, place_phase, n_tiles, ADAPTED, N_BLOCKS, GROUP_M
             )
             if DECODED:
                 # Half of the rows at a time, each row in a few threads: what follows needs registers for every row.
@@ -506,9 +511,8 @@ def _consume(
                 )  # fmt: skip
         else:
             stage, phase = _skip(ready, empty, stage, phase, steps_end, BLOCK_K, STAGES)
-            i, place, place_phase = _hear(numbers, said, heard, place, place_phase)
-            next_expert, next_row0, next_end, next_block_n, _, next_more = tile_of(
-                i, n_tiles, schedule, a, ADAPTED, N_BLOCKS, GROUP_M
+            i, next_expert, next_row0, next_end, next_block_n, next_more, place, place_phase = _hear(
+                schedule, a, numbers, said, heard, place, place_phase, n_tiles, ADAPTED, N_BLOCKS, GROUP_M
             )
         expert, row0, end, block_n, more = next_expert, next_row0, next_end, next_block_n, next_more
     if buffers is not None:
