@@ -576,8 +576,8 @@ def grouped_gemm_sm90(
     WAIT()
     RELEASE()
     # Of 504 registers of three threads, one of each group of warps, two consumers take these: two sums of 64 x 128 and
-    # a product, or one sum of 64 x 256. The producer has the rest, for addresses where it copies.
-    REGISTERS: gl.constexpr = 216 if COPIES else 224
+    # a product, or one sum of 64 x 256. The producer has the rest, for addresses where it copies, most for adapters.
+    REGISTERS: gl.constexpr = 200 if ADAPTED else 216 if COPIES else 224
     first = gl.program_id(0)
     step = gl.num_programs(0)
     n_tiles = gl.load(schedule.n_tiles)
