@@ -25,8 +25,6 @@ GATHER_INTERMEDIATE = 4096
 SINGLE, ALONE = 4, 0.9
 #: Integers and 4-bit codes up to which that is faster than tensor cores; the second, of weights and rows.
 MANY_CODES = 200_000_000, 60_000_000
-#: Means of rows per expert at which :func:`why_portable` changes its mind.
-BREAKS = (12, 24, 48, 64, 128)
 #: From the first on tiles of streamed weights are wide, beyond the second tall, and beyond the last there are none.
 STREAMED = (4, 8, 24)
 #: In 16 bits, with I from the first on, rows an expert from which on tiles of 128 pay: the narrower, the more tiles
@@ -38,6 +36,12 @@ ROWS_IN_16_BITS = ((GATHER_INTERMEDIATE, 128), (2048, 64), (513, 48), (0, 24))
 #: (fp8 by block on an H200, us portable and specialised: qwen3-30b-a3b at T = 768 217 and 225, dsv3-ep8 at 192 380 and
 #: 380, gpt-oss-120b at 1536 956 and 913, dsv3-tp8 at 1536 569 and 509, mixtral-8x7b at 192 525 and 369).
 SHORT_HIDDEN = 2048
+#: Rows an expert from which on tiles of 128 pay where weights are decoded, and where 8 bits are multiplied as they are.
+ROWS_DECODED, ROWS_IN_8_BITS = 64, 48
+#: Where sums are of groups, they pay from the first on, but with H up to SHORT_HIDDEN not from the second to the third.
+ROWS_BY_BLOCK = (12, 24, 64)
+#: Means of rows per expert at which :func:`why_portable` changes its mind.
+BREAKS = (ROWS_DECODED, ROWS_IN_8_BITS, *ROWS_BY_BLOCK, *(rows for _, rows in ROWS_IN_16_BITS))
 
 
 def _next_power_of_2(value: float) -> int:
@@ -102,12 +106,13 @@ def why_portable(problem: Problem, target: Target) -> str | None:
             return f"the portable kernels are as fast at {mean:.3g} rows an expert"
         return None
     if any(decodes(gemm, target) for gemm in gemms):
-        slower = mean < BREAKS[3]
+        slower = mean < ROWS_DECODED
     elif any(gemm.grouped for gemm in gemms):
-        slower = mean < BREAKS[0] or BREAKS[1] <= mean < BREAKS[3] and problem.hidden <= SHORT_HIDDEN
+        least, half_empty, full = ROWS_BY_BLOCK
+        slower = mean < least or half_empty <= mean < full and problem.hidden <= SHORT_HIDDEN
     elif all(bytes_of(multiply_in(gemm, target)) == 1 for gemm in gemms):
         integers = all(multiply_in(gemm, target) == "int8" for gemm in gemms)
-        slower = mean < BREAKS[2] or not integers and interleaved
+        slower = mean < ROWS_IN_8_BITS or not integers and interleaved
     else:
         rows = next(rows for least, rows in ROWS_IN_16_BITS if problem.intermediate >= least)
         slower = mean < rows or interleaved
