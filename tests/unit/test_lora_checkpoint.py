@@ -123,20 +123,43 @@ def test_a_module_per_expert(gated, names, tmp_path):
             torch.testing.assert_close(ours, want.double(), rtol=1e-5, atol=1e-5)
 
 
-def test_older_order_of_fused_parameters(tmp_path):
-    """[E, out, in] parameters whose A meets the outputs, as PEFT once had them."""
-    a13, b13 = torch.randn(E * 3, 2 * I), torch.randn(H, 3 * E)
-    a2, b2 = torch.randn(E * 3, H), torch.randn(I, 3 * E)
+@pytest.mark.parametrize("hidden", [H, 2 * I, I])
+def test_older_order_of_fused_parameters(hidden, tmp_path):
+    """[E, out, in] parameters whose A meets the outputs, as PEFT once had them; one pair may fit both orders."""
+    a13, b13 = torch.randn(E * 3, 2 * I), torch.randn(hidden, 3 * E)
+    a2, b2 = torch.randn(E * 3, hidden), torch.randn(I, 3 * E)
     prefix = "base_model.model.model.layers.0.mlp.experts."
     write(tmp_path, {
         f"{prefix}lora_A.weight": a13, f"{prefix}lora_B.weight": b13,
         f"{prefix}base_layer.lora_A.weight": a2, f"{prefix}base_layer.lora_B.weight": b2,
     })  # fmt: skip
-    found = read_adapter(tmp_path, 0, **SIZES)
+    found = read_adapter(tmp_path, 0, **SIZES | {"hidden_size": hidden})
     for a, b, index in ((a13, b13, 0), (a2, b2, 1)):
         want = torch.einsum("ore,eri->eio", b.view(-1, 3, E), a.view(E, 3, -1)) * 5 / 3
         for e in range(E):
             torch.testing.assert_close(delta(found, e)[index], want[e].double(), rtol=1e-5, atol=1e-5)
+
+
+def test_an_order_that_no_size_tells(tmp_path):
+    """gate_up alone, [E, 2I, H] with H = 2I: by the version of PEFT, which older adapters do not name."""
+    sizes, prefix = SIZES | {"hidden_size": 2 * I}, "base_model.model.model.layers.0.mlp.experts."
+    a, b = torch.randn(E * 3, 2 * I), torch.randn(2 * I, 3 * E)
+    tensors = {f"{prefix}lora_A.weight": a, f"{prefix}lora_B.weight": b}
+    for version in ("0.19.1", "0.21.2", "1.0.0.dev0"):
+        write(tmp_path, tensors, peft_version=version)
+        want = torch.einsum("ore,eri->eoi", b.view(-1, 3, E), a.view(E, 3, -1)) * 5 / 3
+        torch.testing.assert_close(
+            delta(read_adapter(tmp_path, 0, **sizes), 1)[0], want[1].double(), rtol=1e-5, atol=1e-5
+        )
+    for version in (None, "0.18.1", "0.19.0", "new", 3):
+        write(tmp_path, tensors, peft_version=version)
+        with pytest.raises(CheckpointError, match=f"fit both orders, peft_version {version!r}; wanted PEFT 0.19.1"):
+            read_adapter(tmp_path, 0, **sizes)
+    down = {f"{prefix}base_layer.lora_A.weight": torch.ones(E * 3, I), f"{prefix}base_layer.lora_B.weight": b}
+    wide = {f"{prefix}lora_A.weight": torch.ones(E * 3, 2 * I), f"{prefix}lora_B.weight": torch.ones(H, 3 * E)}
+    write(tmp_path, {**wide, **down, f"{prefix}base_layer.lora_B.weight": torch.ones(H, 3 * E)})
+    with pytest.raises(CheckpointError, match="fit no one order"):
+        read_adapter(tmp_path, 0, **SIZES)
 
 
 def test_an_adapter_runs_in_the_layer(tmp_path):

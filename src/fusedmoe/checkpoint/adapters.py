@@ -10,7 +10,8 @@ prefix with ``layers.<n>.``; r is the rank, E the number of experts::
 with the names of :mod:`fusedmoe.checkpoint` for gate, up and down. In the second form PEFT orders rows of A by (expert,
 rank) and columns of B by (rank, expert): experts are slowest in one and fastest in the other. Its wrapper of one
 parameter holds that of the other as ``base_layer``. Which is which follows from the shapes, as does whether A and B
-changed places, which they did for ``[E, out, in]`` parameters in older versions of PEFT.
+changed places, which they did for ``[E, out, in]`` parameters before PEFT 0.19; where sizes leave that open, from the
+version that the adapter names.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ _NAMES = {"w1": "gate", "gate_proj": "gate", "w3": "up", "up_proj": "up", "w2": 
 _EACH = re.compile(r"experts\.(\d{1,4})\.(" + "|".join(_NAMES) + r")\.lora_([AB])\.(?:default\.)?weight")
 _FUSED = re.compile(r"experts\.((?:base_layer\.)?)lora_([AB])\.(?:default\.)?weight")
 _BLOCK = re.compile(r"\.(?=experts\.)")
+#: From this version of PEFT on A meets the inputs of every parameter.
+_TODAY = (0, 19, 1)
 
 
 class _AdapterFiles(Files):
@@ -142,15 +145,12 @@ class _Factors:
         self._pairs: dict[str, dict[str, str]] = {}
 
     def take(self, name: str) -> None:
-        """Read a tensor whose name lies among those of the experts; a fused one when its other half comes."""
+        """Read a tensor whose name lies among those of the experts; a fused one in the end, by all of them."""
         tail = name[name.rindex("experts.") :] if "experts." in name else name
         if found := _EACH.fullmatch(tail):
             self._take_one(name, int(found[1]), _NAMES[found[2]], found[3])
         elif found := _FUSED.fullmatch(tail):
-            pair = self._pairs.setdefault(found[1], {})
-            pair[found[2]] = name
-            if len(pair) == 2:
-                self._take_fused(pair["A"], pair["B"])
+            self._pairs.setdefault(found[1], {})[found[2]] = name
         else:
             raise error(
                 "tensor of the adapter",
@@ -173,8 +173,26 @@ class _Factors:
         else:
             self.b[part, expert] = self._read(name, (rows, None))
 
-    def _take_fused(self, name_a: str, name_b: str) -> None:
+    def _take_fused(self) -> None:
         """[E r, in] and [out, r E]; or, of an older PEFT and a parameter [E, out, in], [E r, out] and [in, r E]."""
+        fitting = {(pair["A"], pair["B"]): self._kinds(pair["A"], pair["B"]) for pair in self._pairs.values()}
+        swapped = self._swapped([{swapped for _, swapped in kinds} for kinds in fitting.values()])
+        for (name_a, name_b), kinds in fitting.items():
+            (part,) = (part for part, order in kinds if order == swapped)
+            (rows, columns), (out, ranks) = self._matrix_shape(name_a), self._matrix_shape(name_b)
+            rank = rows // self.experts
+            a = self._read(name_a, (rows, columns)).reshape(self.experts, rank, columns)
+            b = self._read(name_b, (out, ranks)).reshape(out, rank, self.experts).permute(2, 0, 1)
+            if swapped:
+                a, b = b.transpose(1, 2), a.transpose(1, 2)
+            if (part, None) in self.a:
+                got = f"two adapters of {part}"
+                raise error(f"tensor {name_a}", got=got, wanted="one", do=CONVERT_AGAIN)
+            self.a[part, None], self.b[part, None] = a, b
+            self.scale[part, None] = _alpha(self.files.config, name_a, rank, f".{part}_proj")
+
+    def _kinds(self, name_a: str, name_b: str) -> list[tuple[str, bool]]:
+        """What a pair can be by its shapes: which parameter's, and whether A and B changed places."""
         (rows, columns), (out, ranks) = self._matrix_shape(name_a), self._matrix_shape(name_b)
         wide = self.intermediate * (2 if self.gated else 1)
         kinds = {
@@ -192,18 +210,23 @@ class _Factors:
                 f"{some(f'{a} and {b}' for a, b in list(kinds.values())[:2])}",
                 do="Give the sizes of the adapted model.",
             )
-        # Not gated, w13 and w2 of today's PEFT have each other's shapes in the old order: today's goes first.
-        part, swapped = fitting[0]
-        rank = rows // self.experts
-        a = self._read(name_a, (rows, columns)).reshape(self.experts, rank, columns)
-        b = self._read(name_b, (out, ranks)).reshape(out, rank, self.experts).permute(2, 0, 1)
-        if swapped:
-            a, b = b.transpose(1, 2), a.transpose(1, 2)
-        if (part, None) in self.a:
-            got = f"two adapters of {part}"
-            raise error(f"tensor {name_a}", got=got, wanted="one", do=CONVERT_AGAIN)
-        self.a[part, None], self.b[part, None] = a, b
-        self.scale[part, None] = _alpha(self.files.config, name_a, rank, f".{part}_proj")
+        return fitting
+
+    def _swapped(self, possible: list[set[bool]]) -> bool:
+        """Whether A and B changed places, which they did in all pairs or in none."""
+        orders = set[bool]({False, True}).intersection(*possible)
+        if len(orders) == 1 or not possible:
+            return orders.pop()
+        version = self.files.config.get("peft_version")
+        number = re.match(r"(\d{1,4})\.(\d{1,4})\.(\d{1,4})", version) if isinstance(version, str) else None
+        if orders and number and tuple(map(int, number.groups())) >= _TODAY:
+            return False
+        raise error(
+            "order of the factors of the adapter",
+            got=f"shapes that fit {'both orders' if orders else 'no one order'}, peft_version {version!r}",
+            wanted=f"PEFT {'.'.join(map(str, _TODAY))} or newer, or sizes that tell",
+            do="Where A meets the inputs of its parameter, write that version in adapter_config.json.",
+        )
 
     def _matrix_shape(self, name: str) -> tuple[int, int]:
         shape, kind = self.files.header(name)
@@ -214,6 +237,8 @@ class _Factors:
 
     def adapter(self, dtype: torch.dtype | None, device: str | torch.device) -> Adapter:
         """Everything that was found in four tensors; what is not there is zeros."""
+        if all(len(pair) == 2 for pair in self._pairs.values()):
+            self._take_fused()
         if self.a.keys() != self.b.keys() or any(len(pair) != 2 for pair in self._pairs.values()):
             odd = [pair for pair in self._pairs.values() if len(pair) != 2] or sorted(
                 map(str, self.a.keys() ^ self.b.keys())
