@@ -22,15 +22,23 @@ class TopK(NamedTuple):
     ids: Tensor  #      [T, top_k] int64, as in Transformers
 
 
-def softmax_topk(router_logits: Tensor, top_k: int, *, renormalize: bool) -> TopK:
+def softmax_topk(
+    router_logits: Tensor, top_k: int, *, renormalize: bool, n_group: int = 1, topk_group: int = 1
+) -> TopK:
     """The most probable experts (Mixtral: renormalize; Qwen3-MoE: renormalize if ``norm_topk_prob``).
 
         p = softmax(logits);  ids = argtop_k(p);  w = p[ids], or p[ids] / sum(p[ids]) with renormalize
 
+    Of fewer groups than there are, ids are chosen inside the best (DeepSeek-V2, ``group_limited_greedy``):
+
+        score of a group = its largest p;  keep the topk_group best of n_group groups
+
     Args:
         router_logits: [T, E], any floating dtype.
-        top_k: experts per token, 1 to E.
+        top_k: experts per token, 1 to the number of experts in kept groups.
         renormalize: whether the weights of a token sum to 1.
+        n_group: number of groups, each of E / n_group neighbours.
+        topk_group: groups kept.
 
     Raises:
         ShapeError, DTypeError, OptionError: see the message.
@@ -39,7 +47,10 @@ def softmax_topk(router_logits: Tensor, top_k: int, *, renormalize: bool) -> Top
     tensor([[1, 2]])
     """
     _check(router_logits, top_k)
-    weights, ids = torch.softmax(router_logits.float(), dim=-1).topk(top_k, dim=-1)
+    _check_groups(router_logits.shape[1], top_k, n_group, topk_group)
+    probabilities = torch.softmax(router_logits.float(), dim=-1)
+    ids = _in_best_groups(probabilities, n_group, topk_group, largest=1).topk(top_k, dim=-1).indices
+    weights = probabilities.gather(1, ids)
     if renormalize:
         weights = weights / weights.sum(dim=-1, keepdim=True)
     return TopK(weights, ids)
@@ -94,26 +105,30 @@ def sigmoid_topk(
         ShapeError, DTypeError, LayoutError, DeviceError, OptionError: see the message.
     """
     _check(router_logits, top_k)
-    n_experts = router_logits.shape[1]
-    _check_groups(n_experts, top_k, n_group, topk_group)
+    _check_groups(router_logits.shape[1], top_k, n_group, topk_group)
     _check_bias(correction_bias, router_logits)
     if not isinstance(routed_scaling_factor, (int, float)) or not abs(routed_scaling_factor) <= FLOAT32_MAX:
         wanted, do = "a number that float32 holds", "It stands in the model's configuration."
         raise OptionError(explain("routed_scaling_factor", got=repr(routed_scaling_factor), wanted=wanted, do=do))
     scores = router_logits.float().sigmoid()
     choice = scores if correction_bias is None else scores + correction_bias.float()
-    if topk_group < n_group:
-        grouped = choice.view(-1, n_group, n_experts // n_group)  # [T, n_group, E / n_group]
-        of_group = grouped.topk(min(2, grouped.shape[2]), dim=-1).values.sum(dim=-1)
-        kept = of_group.topk(topk_group, dim=-1, sorted=False).indices
-        dropped = torch.ones_like(of_group, dtype=torch.bool).scatter(1, kept, False)
-        choice = grouped.masked_fill(dropped.unsqueeze(-1), -torch.inf).flatten(1)
-    ids = choice.topk(top_k, dim=-1).indices
+    ids = _in_best_groups(choice, n_group, topk_group, largest=2).topk(top_k, dim=-1).indices
     weights = scores.gather(1, ids)
     if renormalize:
         # All scores of a token may underflow to 0; its weights are then 0, not NaN.
         weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
     return TopK(weights * float(routed_scaling_factor), ids)
+
+
+def _in_best_groups(choice: Tensor, n_group: int, topk_group: int, *, largest: int) -> Tensor:
+    """[T, E] with -inf outside of the groups whose ``largest`` largest numbers have the largest sums."""
+    if topk_group == n_group:
+        return choice
+    grouped = choice.view(-1, n_group, choice.shape[1] // n_group)  # [T, n_group, E / n_group]
+    of_group = grouped.topk(min(largest, grouped.shape[2]), dim=-1).values.sum(dim=-1)
+    kept = of_group.topk(topk_group, dim=-1, sorted=False).indices
+    dropped = torch.ones_like(of_group, dtype=torch.bool).scatter(1, kept, False)
+    return torch.where(dropped.unsqueeze(-1), -torch.inf, grouped).flatten(1)
 
 
 def _check(router_logits: Tensor, top_k: int) -> None:

@@ -257,6 +257,8 @@ def test_orientation_of_fused_tensors_needs_no_hint(layout, intermediate, tmp_pa
         ({"swiglu_limit": 10.0}, Activation("silu", limit=10.0)),
         ({"model_type": "gpt_oss", "swiglu_limit": 5.0, "swiglu_alpha": 1.5}, Activation("swigluoai", 1.5, limit=5.0)),
         ({"model_type": "gpt_oss"}, Activation("swigluoai")),
+        ({"model_type": "gpt_oss_puzzle", "hidden_act": "silu", "swiglu_limit": 7.0}, Activation("swigluoai")),
+        ({"model_type": "lfm2_moe", "hidden_act": None}, Activation("silu")),
         ({"hidden_act": "swigluoai"}, Activation("swigluoai")),
     ],
     ids=str,
@@ -518,6 +520,7 @@ def test_quantised_tensors_need_a_configuration(tmp_path):
         {"hidden_act": None},
         {"hidden_act": ["silu"]},
         {"model_type": "muse_spark"},
+        {"model_type": "inkling2_loop_text", "hidden_act": "silu"},
         {"swiglu_limits": [7.0]},
         {"swiglu_limit": "high"},
         {"swiglu_limit": -1.0},
@@ -552,7 +555,11 @@ def test_broken_router(tmp_path):
         ({"model_type": "deepseek_v3"}, "got no n_group, topk_group, norm_topk_prob, routed_scaling_factor"),
         (
             {"model_type": "deepseek_v2", "topk_method": "group_limited_greedy", "routed_scaling_factor": 16.0},
-            "got 'group_limited_greedy'; wanted 'greedy'",
+            "got no n_group, topk_group",
+        ),
+        (
+            {"model_type": "deepseek_v2", "topk_method": "hash", "routed_scaling_factor": 16.0},
+            "got 'hash'; wanted 'greedy' or 'group_limited_greedy'",
         ),
         (
             {"model_type": "deepseek_v2", "topk_method": "greedy", "routed_scaling_factor": "x"},

@@ -123,14 +123,30 @@ def nvfp4(n, k, g, weight, scale2, invert):
     return tensors, values * spread(scale.float(), 1, 16, n, k) * (1 / tensors[scale2] if invert else glob).double()
 
 
-def mx(n, k, g, element):
+def mx(n, k, g, element, weight="weight", scale="weight_scale"):
     exponent = torch.randint(120, 124, (n, k // 32), generator=g).to(torch.uint8)
     if element == "e2m1":
         data, values = e2m1(n, k, g)
     else:
         data = torch.randn(n, k, generator=g).to(torch.float8_e4m3fn)
         values = data.double()
-    return {"weight": data, "weight_scale": exponent}, values * spread(2.0 ** (exponent.double() - 127), 1, 32, n, k)
+    return {weight: data, scale: exponent}, values * spread(2.0 ** (exponent.double() - 127), 1, 32, n, k)
+
+
+def with_input(drawn, name):
+    """And a scale of inputs, which adds nothing to the weights."""
+    return drawn[0] | {name: torch.tensor([3.0])}, drawn[1]
+
+
+def deepseek_v4(n, k, g):
+    tensors, w = mx(n, k, g, "e2m1", scale="scale")
+    return {"weight": tensors["weight"].view(torch.int8), "scale": tensors["scale"].view(torch.float8_e8m0fnu)}, w
+
+
+def four_sides(drawn):
+    """Scales of blocks as ModelOpt has them: [rows, 1, columns, 1]."""
+    tensors, w = drawn
+    return tensors | {"weight_scale": tensors["weight_scale"][:, None, :, None]}, w
 
 
 def compressed(form, weights, inputs=None, **more):
@@ -143,6 +159,7 @@ FLOAT8, INT8 = {"num_bits": 8, "type": "float"}, {"num_bits": 8, "type": "int"}
 TOKEN8 = {**FLOAT8, "strategy": "token", "dynamic": True, "symmetric": True}
 TENSOR8 = {**FLOAT8, "strategy": "tensor"}
 NVFP4 = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16}
+MX4 = {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32}
 DEEPSEEK = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 64, "sym": False, "desc_act": False}
 GPTQ_VERSIONS = {1: "gptq", 2: "gptq_v2"}
@@ -268,6 +285,84 @@ FORMS = {
     ),
 }  # fmt: skip
 
+#: The same tensors under other words.
+WORDED_OTHERWISE = {
+    "ct-nvfp4-w4a4": Form(
+        compressed("nvfp4-pack-quantized", NVFP4, {**NVFP4, "dynamic": "local"}),
+        lambda n, k, g: with_input(nvfp4(n, k, g, "weight_packed", "weight_global_scale", True), "input_global_scale"),
+        "nvfp4",
+    ),
+    "ct-mxfp4": Form(
+        compressed("mxfp4-pack-quantized", MX4, {**MX4, "dynamic": True}),
+        lambda n, k, g: mx(n, k, g, "e2m1", weight="weight_packed"),
+        "mxfp4",
+    ),
+    "ct-mxfp8": Form(
+        compressed("mxfp8-quantized", {**MX4, "num_bits": 8}, {**MX4, "num_bits": 8, "dynamic": True}),
+        lambda n, k, g: mx(n, k, g, "e4m3"),
+        "mxfp8",
+    ),
+    "deepseek-v4": Form({**DEEPSEEK, "expert_dtype": "fp4", "scale_fmt": "ue8m0"}, deepseek_v4, "mxfp4"),
+    "deepseek-v4-fp8": Form(
+        {**DEEPSEEK, "expert_dtype": "fp8"}, lambda n, k, g: block_fp8(n, k, g, name="scale"), "fp8_block", "group"
+    ),
+    "modelopt-nvfp4-w4a16": Form(
+        {"quant_method": "modelopt", "quant_algo": "w4a16_nvfp4"},
+        lambda n, k, g: nvfp4(n, k, g, "weight", "weight_scale_2", False),
+        "nvfp4",
+    ),
+    "modelopt-mxfp8": Form(
+        {"quant_method": "modelopt", "quant_algo": "MXFP8"}, lambda n, k, g: mx(n, k, g, "e4m3"), "mxfp8"
+    ),
+    "modelopt-fp8-channel": Form(
+        {"quant_method": "modelopt", "quant_algo": "FP8_PER_CHANNEL_PER_TOKEN"},
+        lambda n, k, g: fp8(n, k, g, (n,), (1, k)),
+        "fp8_channel",
+        "token",
+    ),
+    "modelopt-fp8-blocks": Form(
+        {"quant_method": "modelopt", "quant_algo": "fp8_pb_wo"},
+        lambda n, k, g: four_sides(block_fp8(n, k, g)),
+        "fp8_w8a16",
+    ),
+    "modelopt-mixed": Form(
+        {
+            "quant_method": "modelopt",
+            "quant_algo": "MIXED_PRECISION",
+            "quantized_layers": {
+                f"model.layers.{LAYER}.self_attn.q_proj": {"quant_algo": "FP8"},
+                f"model.layers.{LAYER}.mlp.exp": {"quant_algo": "FP8"},
+                **{f"{PREFIX}{e}.{n}_proj": {"quant_algo": "NVFP4"} for e in range(E) for n in ("gate", "up", "down")},
+            },
+        },
+        lambda n, k, g: with_input(nvfp4(n, k, g, "weight", "weight_scale_2", False), "input_scale"),
+        "nvfp4",
+    ),
+    "auto-round-gptq": Form(
+        {**GPTQ, "quant_method": "auto-round", "packing_format": "auto_round:auto_gptq", "sym": True},
+        lambda n, k, g: gptq(n, k, g, sym=True, g_idx=False),
+        "int4_w4a16",
+    ),
+    "auto-round-awq": Form(
+        {"quant_method": "auto-round", "bits": 4, "group_size": 64, "packing_format": "auto_round:auto_awq"},
+        awq,
+        "int4_w4a16",
+    ),
+    "auto-round-own": Form(
+        {
+            **GPTQ,
+            "quant_method": "auto-round",
+            "packing_format": "auto_round:auto_gptq",
+            "extra_config": {
+                f"model.layers.{LAYER}.mlp.gate": {"bits": 16, "data_type": "float"},
+                r".*\.experts\.": {"bits": 8, "group_size": 32},
+            },
+        },
+        lambda n, k, g: gptq(n, k, g, bits=8, group=32),
+        "int8_w8a16",
+    ),
+}
+
 
 def layer(form: Form, n_inner: int = I, bias: bool = False, experts: int = E):
     """Stored tensors, and gate, up and down as numbers: [E, I, H], [E, I, H], [E, H, I]."""
@@ -298,9 +393,9 @@ def same(matrix: ExpertMatrix, wanted: torch.Tensor) -> None:
     assert ((got - wanted).abs() <= 1e-12 * wanted.abs().amax()).all()
 
 
-@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("name", [*FORMS, *WORDED_OTHERWISE])
 def test_reads_what_is_stored(name, tmp_path):
-    form = FORMS[name]
+    form = (FORMS | WORDED_OTHERWISE)[name]
     tensors, w = layer(form, bias=True)
     write(tmp_path, tensors, form.config)
     stored = read_experts(tmp_path, LAYER)
@@ -417,9 +512,13 @@ MXFP4 = {
 }
 
 
-def test_gpt_oss(tmp_path):
+PUZZLE = {"model_type": "gpt_oss_puzzle", "num_local_experts": 2 * E, "block_configs": []}
+
+
+@pytest.mark.parametrize("config", [{"model_type": "gpt_oss"}, PUZZLE], ids=lambda config: config["model_type"])
+def test_gpt_oss(config, tmp_path):
     tensors, w = gpt_oss()
-    write(tmp_path, tensors, MXFP4, model_type="gpt_oss")
+    write(tmp_path, tensors, MXFP4, **config)
     stored = read_experts(tmp_path, LAYER)
     assert (stored.gate_up_layout, stored.weight_layout) == ("interleaved", "NK")
     assert stored.w13.format.scheme == stored.w2.format.scheme == "mxfp4"
@@ -588,10 +687,15 @@ ENDLESS = ["re:(a+)+$", r"re:(\w+\.?)*!", "re:" + ".*" * 30 + "!", "*" * 30, "re
 
 @pytest.mark.parametrize("pattern", ENDLESS)
 def test_patterns_that_would_search_for_hours_are_refused(pattern, tmp_path):
-    form = FORMS["deepseek"]
-    write(tmp_path, layer(form)[0], {**form.config, "modules_to_not_convert": [pattern]})
-    with pytest.raises(CheckpointError, match="could take too long to search"):
-        read_experts(tmp_path, LAYER)
+    form, bare = FORMS["deepseek"], pattern.removeprefix("re:")
+    for config in (
+        {**form.config, "modules_to_not_convert": [pattern]},
+        {**GPTQ, "dynamic": {f"-:{bare}": {}}},
+        {**WORDED_OTHERWISE["auto-round-gptq"].config, "extra_config": {bare: {"bits": 16}}},
+    ):
+        write(tmp_path, layer(form)[0], config)
+        with pytest.raises(CheckpointError, match="could take too long to search"):
+            read_experts(tmp_path, LAYER)
 
 
 def test_w13_quantised_and_w2_not(tmp_path):
@@ -607,11 +711,37 @@ def test_w13_quantised_and_w2_not(tmp_path):
     check_slices(tmp_path, (0, 100, 256), exact=False)
 
 
-def test_configuration_in_the_text_part(tmp_path):
+@pytest.mark.parametrize("part", ["text_config", "llm_config", "language_config"])
+def test_configuration_in_the_text_part(part, tmp_path):
     form = FORMS["deepseek"]
     tensors, w = layer(form)
-    write(tmp_path, tensors, None, text_config={"quantization_config": form.config, "hidden_act": "silu"})
+    write(tmp_path, tensors, None, **{part: {"quantization_config": form.config, "hidden_act": "silu"}})
     same(read_experts(tmp_path, LAYER).w2, w["down_proj"])
+    write(tmp_path, tensors, form.config, **{part: {"quantization_config": None, "num_experts_per_tok": 3}})
+    stored = read_experts(tmp_path, LAYER)
+    same(stored.w2, w["down_proj"])
+    assert stored.top_k == 3
+
+
+def test_configuration_in_a_file_of_modelopt(tmp_path):
+    form = FORMS["modelopt-nvfp4"]
+    tensors, w = layer(form)
+    write(tmp_path, tensors, None)
+    said = {"quant_algo": "NVFP4", "group_size": 16, "kv_cache_quant_algo": "FP8", "exclude_modules": ["lm_head"]}
+    path = tmp_path / "hf_quant_config.json"
+    path.write_text(json.dumps({"producer": {"name": "modelopt"}, "quantization": said}))
+    same(read_experts(tmp_path, LAYER).w2, w["down_proj"])
+    path.write_text(json.dumps({"quantization": {**said, "exclude_modules": ["model.layers*"]}}))
+    write(tmp_path, plain(), None)
+    assert isinstance(read_experts(tmp_path, LAYER).w2, torch.Tensor)
+
+
+def test_type_of_experts_outside_of_the_quantisation(tmp_path):
+    tensors, w = layer(WORDED_OTHERWISE["deepseek-v4"])
+    write(tmp_path, tensors, DEEPSEEK, expert_dtype="fp4")
+    same(read_experts(tmp_path, LAYER).w2, w["down_proj"])
+    write(tmp_path, tensors, DEEPSEEK)
+    fails(tmp_path, "type of .*gate_proj.weight, data of experts that are fp8: got I8; wanted F8_E4M3")
 
 
 # ------------------------------------------------------------------------------------------------- refusals
@@ -674,9 +804,15 @@ def true_shape(value):
         ("gptq1-int4-128-sym", lambda t: None, {"checkpoint_format": "gptq_v2"}, "version 1 stores zero points less"),
         ("gptq1-int4-64", lambda t: None, {"group_size": 0}, "got group size 0"),
         ("gptq1-int4-64", lambda t: None, {"group_size": 48}, "shape or type of .*scales"),
+        ("awq", lambda t: None, {"quant_method": "auto-round", "packing_format": "auto_round"}, "packing_format 'auto"),
         ("awq", lambda t: None, {"version": "gemv"}, "got version 'gemv'"),
         ("awq", lambda t: None, {"zero_point": False}, "zero_point False; wanted version 'gemm' of 4 bits with zero"),
-        ("modelopt-nvfp4", lambda t: None, {"quant_algo": "W4A8"}, "quant_algo 'W4A8'; wanted 'FP8' or 'NVFP4'"),
+        (
+            "modelopt-nvfp4",
+            lambda t: None,
+            {"quant_algo": "W4A8"},
+            "quant_algo 'W4A8'; wanted NVFP4, W4A16_NVFP4, MXFP8, FP8",
+        ),
         ("modelopt-nvfp4", put("weight_scale_2", lambda s: s * 2), {}, "wanted one for gate and up"),
         (
             "own-mxfp4",
@@ -746,7 +882,20 @@ def test_dynamic_overrides_of_gptq(tmp_path):
     override = {"dynamic": {r"+:.*\.experts\.": {"bits": 8, "group_size": 32}, r"-:.*self_attn": {}}}
     write(tmp_path, tensors, {**GPTQ, **override})
     same(read_experts(tmp_path, LAYER).w2, w["down_proj"])
+    override["dynamic"] |= {r"-:.*experts.*": {}, ".*": {"bits": 3}}  # the first that fits decides
+    write(tmp_path, tensors, {**GPTQ, **override})
+    same(read_experts(tmp_path, LAYER).w2, w["down_proj"])
     write(tmp_path, plain(), {**GPTQ, "dynamic": {r"-:.*experts.*": {}}})
+    assert isinstance(read_experts(tmp_path, LAYER).w2, torch.Tensor)
+
+
+def test_modules_that_auto_round_and_modelopt_leave_out(tmp_path):
+    config = WORDED_OTHERWISE["auto-round-gptq"].config
+    for name in (f"{PREFIX[:-1]}", rf"model\.layers\.{LAYER}\..*"):
+        write(tmp_path, plain(), {**config, "extra_config": {name: {"bits": 16, "data_type": "float"}}})
+        assert isinstance(read_experts(tmp_path, LAYER).w2, torch.Tensor)
+    layers = {f"{PREFIX}0.gate": {"quant_algo": "NVFP4"}}
+    write(tmp_path, plain(), {"quant_method": "modelopt", "quant_algo": "mixed_precision", "quantized_layers": layers})
     assert isinstance(read_experts(tmp_path, LAYER).w2, torch.Tensor)
 
 

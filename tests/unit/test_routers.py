@@ -33,6 +33,14 @@ def test_softmax_topk(experts, top_k, renormalize):
     assert (got.weights.diff(dim=1) <= 0).all(), "best first"
 
 
+@pytest.mark.parametrize(("experts", "top_k", "n_group", "topk_group"), [(16, 4, 4, 2), (160, 6, 8, 3), (16, 8, 8, 4)])
+def test_softmax_topk_in_the_best_groups(experts, top_k, n_group, topk_group):
+    z, options = logits(experts=experts), {"renormalize": False, "n_group": n_group, "topk_group": topk_group}
+    got = routers.softmax_topk(z, top_k, **options)
+    same(got, *reference.softmax_topk(z, top_k, **options))
+    assert not torch.equal(got.ids, routers.softmax_topk(z, top_k, renormalize=False).ids)
+
+
 @pytest.mark.parametrize(("experts", "top_k"), [(1, 1), (32, 4), (128, 128)])
 def test_topk_softmax(experts, top_k):
     z = logits(experts=experts)
@@ -161,6 +169,22 @@ def test_deepseek_v3(n_group, topk_group, norm_topk_prob):
         renormalize=norm_topk_prob, routed_scaling_factor=2.5,
     )  # fmt: skip
     same(got, weights, ids)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", ["greedy", "group_limited_greedy"])
+def test_deepseek_v2(method):
+    model = pytest.importorskip("transformers.models.deepseek_v2.modeling_deepseek_v2")
+    if not hasattr(model, "DeepseekV2TopkRouter"):
+        pytest.skip("named otherwise in this version")
+    config = model.DeepseekV2Config(
+        hidden_size=32, n_routed_experts=16, num_experts_per_tok=4, topk_method=method, n_group=4, topk_group=2,
+        routed_scaling_factor=16.0,
+    )  # fmt: skip
+    z, weights, ids = random_weights(model.DeepseekV2TopkRouter(config))(torch.randn(2, 9, 32))
+    groups = {"n_group": 4, "topk_group": 2} if method != "greedy" else {}
+    got = routers.softmax_topk(z, 4, renormalize=False, **groups)
+    same(got._replace(weights=16 * got.weights), weights, ids)
 
 
 @torch.no_grad()

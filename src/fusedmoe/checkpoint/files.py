@@ -96,6 +96,8 @@ class Files:
 
     #: Names of the configuration and of the weights.
     CONFIG, WEIGHTS = "config.json", "model.safetensors"
+    #: Names of the language model's part of a configuration, and of ModelOpt's own file.
+    TEXT_CONFIGS, MODELOPT = ("text_config", "llm_config", "language_config"), "hf_quant_config.json"
 
     def __init__(self, directory: Path, stack: ExitStack) -> None:
         self.directory = directory
@@ -111,8 +113,14 @@ class Files:
             )
         beside(directory, self.CONFIG)
         config = json_object(directory / self.CONFIG)
-        nested = config.get("text_config")
-        self.config: dict[str, Any] = {**config, **nested} if isinstance(nested, dict) else config
+        if "quantization_config" not in config and beside(directory, self.MODELOPT):
+            quantization = json_object(directory / self.MODELOPT).get("quantization")
+            if isinstance(quantization, dict):
+                config["quantization_config"] = {"quant_method": "modelopt", **quantization}
+        part: dict[str, Any] = next((config[key] for key in self.TEXT_CONFIGS if isinstance(config.get(key), dict)), {})
+        # What the part leaves open, the whole may say.
+        said = {key: value for key, value in part.items() if value is not None or key not in config}
+        self.config: dict[str, Any] = {**config, **said}
         self._file_of = self._find_files()
 
     def _find_files(self) -> dict[str, str]:

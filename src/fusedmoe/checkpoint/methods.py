@@ -8,6 +8,7 @@ found, checked, sliced and read without a change elsewhere.
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -127,7 +128,8 @@ def method_of(config: Mapping[str, Any], modules: Iterable[str]) -> tuple[Method
         left_out = [pattern for key in _LEFT_OUT for pattern in said.get(key) or ()]
         if any(_covers(pattern, module) for pattern in left_out for module in modules):
             return PLAIN, False
-        method = METHODS[name](said, modules)
+        # The only word of DeepSeek-V4 on its experts stands outside.
+        method = METHODS[name]({"expert_dtype": config.get("expert_dtype"), **said}, modules)
     except CheckpointError:
         raise
     except (
@@ -196,6 +198,10 @@ def _flat(blocks: Tensor) -> Tensor:
     return blocks.flatten(1)
 
 
+def _unsigned(codes: Tensor) -> Tensor:
+    return codes.view(torch.uint8) if codes.dtype == torch.int8 else codes
+
+
 def _exponents(scale: Tensor) -> Tensor:
     return scale.view(torch.uint8) if scale.dtype == torch.float8_e8m0fnu else scale
 
@@ -235,9 +241,31 @@ def _integer_weights(bits: object, group: object, name: str) -> tuple[str, str, 
     return scheme, element, max(group, 0), (1, 0 if group == -1 else _largest_group(scheme, group))
 
 
+def _nvfp4(weight: str) -> dict[str, Stored]:
+    return {
+        "data": Stored((weight,), ("U8",), (1, 2)),
+        "scale": Stored((".weight_scale",), ("F8_E4M3",), (1, 16)),
+    }
+
+
+def _mx(name: str, scheme: str, weight: str = ".weight", scales: tuple[str, ...] = (".weight_scale",)) -> Method:
+    """Codes of mxfp4, two a byte, or mxfp8, and an exponent for each 32 of a row."""
+    four = scheme == "mxfp4"
+    return Method(
+        name=name,
+        choices={"scheme": scheme, "element": "e2m1" if four else "e4m3"},
+        parts={
+            "data": Stored((weight,), ("U8", "I8") if four else ("F8_E4M3",), (1, 2 if four else 1), decode=_unsigned),
+            "scale": Stored(scales, ("U8", "F8_E8M0"), (1, 32), decode=_exponents),
+            "bias": _BIAS,
+        },
+    )
+
+
 # --- the methods -------------------------------------------------------------------------------------------------
 
 _WEIGHT = Stored((".weight", ""), tuple(_FP8))
+_SCALE_OF_FP8 = (".weight_scale_inv", ".weight_scale", "_scale_inv", "_scale", ".scale")
 
 
 def _scalar(*endings: str, decode: Callable[[Tensor], Tensor] = _same) -> Stored:
@@ -249,7 +277,12 @@ def _static(mode: str | None, *endings: str) -> dict[str, Stored]:
 
 
 def _fp8(said: dict[str, Any], modules: tuple[str, ...]) -> Method:
-    """DeepSeek-V3, Qwen3-FP8, Transformers: e4m3, ``weight_scale_inv`` per block, or one scale per projection."""
+    """DeepSeek-V3, Qwen3-FP8, Transformers: e4m3, ``weight_scale_inv`` per block, or one scale per projection.
+
+    DeepSeek-V4 calls it ``scale``, and has experts of mxfp4 where ``expert_dtype`` says fp4.
+    """
+    if said["expert_dtype"] == "fp4":
+        return _mx("fp8 with experts of fp4", "mxfp4", scales=_SCALE_OF_FP8)
     block = said.get("weight_block_size")
     scheme, inputs = ("fp8_block", "group") if block else ("fp8_tensor", "token")
     if said.get("activation_scheme", "dynamic") == "static":
@@ -257,13 +290,12 @@ def _fp8(said: dict[str, Any], modules: tuple[str, ...]) -> Method:
     if block and tuple(block) == (1, 32):
         scheme, inputs = "mxfp8", ""
     unit = (int(block[0]), int(block[1])) if block else (0, 0)
-    endings = (".weight_scale_inv", ".weight_scale", "_scale_inv", "_scale")
     return Method(
         name="fp8",
         choices={"scheme": scheme, "block": unit, "inputs": inputs or None},
         parts={
             "data": _WEIGHT,
-            "scale": Stored(endings, (*_FLOAT_SCALES, "F8_E8M0", "U8"), unit, decode=_exponents),
+            "scale": Stored(_SCALE_OF_FP8, (*_FLOAT_SCALES, "F8_E8M0", "U8"), unit, decode=_exponents),
             **_static(inputs, ".input_scale", ".activation_scale", "_activation_scale"),
             "bias": _BIAS,
         },
@@ -284,6 +316,13 @@ def _compressed_tensors(said: dict[str, Any], modules: tuple[str, ...]) -> Metho
     strategy, bits, code = w.get("strategy"), w.get("num_bits"), w.get("type")
     if w.get("actorder") in ("group", "dynamic", True):
         _refuse(name, f"actorder {w['actorder']!r}", "weights in their natural order", _ACTORDER)
+    choices: dict[str, Any]
+    if kind == "nvfp4-pack-quantized":  # inputs in 4 bits, if any, stay as they are here
+        parts = {**_nvfp4(".weight_packed"), "tensor_scale": _scalar(".weight_global_scale", decode=torch.reciprocal)}
+        choices = {"scheme": "nvfp4", "element": "e2m1"}
+        return Method(name=name, choices=choices, parts=parts | {"bias": _BIAS}, ignored=(".input_global_scale",))
+    if kind in ("mxfp4-pack-quantized", "mxfp8-quantized"):  # likewise
+        return _mx(name, "mxfp8") if kind == "mxfp8-quantized" else _mx(name, "mxfp4", ".weight_packed")
     inputs = None
     if x:
         same_code = (x.get("num_bits", 8), x.get("type")) == (8, "float" if kind == "float-quantized" else code)
@@ -294,7 +333,7 @@ def _compressed_tensors(said: dict[str, Any], modules: tuple[str, ...]) -> Metho
         )
         if inputs is None or inputs in ("token", "group") and not x.get("dynamic"):
             _refuse(name, f"inputs {x}", "dynamic per token or group, or per tensor")
-    parts: dict[str, Stored] = {**_static(inputs, ".input_scale"), "bias": _BIAS}
+    parts = {**_static(inputs, ".input_scale"), "bias": _BIAS}
     if kind == "pack-quantized" and code == "int":
         if inputs:
             _refuse(name, f"inputs {x}", "none")
@@ -326,9 +365,6 @@ def _compressed_tensors(said: dict[str, Any], modules: tuple[str, ...]) -> Metho
         scheme = by_strategy.get(strategy, only) if inputs else only
         choices = {"scheme": scheme, "block": (block_n, block_k), "inputs": inputs}
         return Method(name=name, choices=choices | ({} if code == "float" else {"element": "int8"}), parts=parts)
-    if kind == "nvfp4-pack-quantized" and not x:
-        parts["tensor_scale"] = _scalar(".weight_global_scale", decode=torch.reciprocal)
-        return Method(name=name, choices={"scheme": "nvfp4", "element": "e2m1"}, parts=parts | _nvfp4(".weight_packed"))
     _refuse(name, f"{bits} bits, type {code!r}, strategy {strategy!r}, inputs {x}", "a format that is known here")
     return None
 
@@ -336,33 +372,53 @@ def _compressed_tensors(said: dict[str, Any], modules: tuple[str, ...]) -> Metho
 _ACTORDER = "Columns in the order of activations need a permutation of the inputs: requantise without it."
 
 
-def _nvfp4(weight: str) -> dict[str, Stored]:
-    return {
-        "data": Stored((weight,), ("U8",), (1, 2)),
-        "scale": Stored((".weight_scale",), ("F8_E4M3",), (1, 16)),
-    }
-
-
-def _modelopt(said: dict[str, Any], modules: tuple[str, ...]) -> Method:
-    """NVIDIA ModelOpt: FP8 with static inputs, or NVFP4, whose inputs stay as they are here."""
-    kind = said.get("quant_algo")
-    if kind == "NVFP4":
+def _modelopt(said: dict[str, Any], modules: tuple[str, ...]) -> Method | None:
+    """NVIDIA ModelOpt, by the algorithm of these modules; inputs in 4 bits and MXFP8 stay as they are here."""
+    kind = str(said.get("quant_algo")).upper()
+    if kind == "MIXED_PRECISION":
+        layers = said["quantized_layers"].items()  # of tens of thousands of modules, by whole parts of their names
+        own = [entry for name, entry in layers if any(f".{name}." in f".{module}." for module in modules)]
+        if not own:
+            return None
+        kind = str(own[0]["quant_algo"]).upper()
+    name = f"modelopt {kind}"
+    choices: dict[str, Any]
+    if kind in ("NVFP4", "W4A16_NVFP4"):
         parts = {**_nvfp4(".weight"), "tensor_scale": _scalar(".weight_scale_2"), "bias": _BIAS}
         choices = {"scheme": "nvfp4", "element": "e2m1"}
-        return Method(name="modelopt NVFP4", choices=choices, parts=parts, ignored=(".input_scale",))
-    if kind != "FP8":
-        _refuse("modelopt", f"quant_algo {kind!r}", "'FP8' or 'NVFP4'")
-    parts = {"data": _WEIGHT, "scale": _scalar(".weight_scale"), **_static("static", ".input_scale"), "bias": _BIAS}
-    return Method(name="modelopt FP8", choices={"scheme": "fp8_tensor", "inputs": "static"}, parts=parts)
+        return Method(name=name, choices=choices, parts=parts, ignored=(".input_scale",))
+    if kind == "MXFP8":
+        return _mx(name, "mxfp8")
+    if kind not in _MODELOPT_FP8:
+        _refuse("modelopt", f"quant_algo {kind!r}", f"NVFP4, W4A16_NVFP4, MXFP8, {', '.join(_MODELOPT_FP8)}")
+    scheme, inputs, block = _MODELOPT_FP8[kind]
+    parts = {
+        "data": _WEIGHT,
+        "scale": Stored((".weight_scale",), _FLOAT_SCALES, block),
+        **_static(inputs, ".input_scale"),
+        "bias": _BIAS,
+    }
+    choices = {"scheme": scheme, "inputs": inputs, "block": block}
+    return Method(name=name, choices=choices, parts=parts)
+
+
+#: Scheme, inputs and block of ModelOpt's algorithms of fp8; those of blocks are of weights alone.
+_MODELOPT_FP8: dict[str, tuple[str, str | None, tuple[int, int]]] = {
+    "FP8": ("fp8_tensor", "static", (0, 0)),
+    "FP8_PER_CHANNEL_PER_TOKEN": ("fp8_channel", "token", (1, 0)),
+    "FP8_PB_WO": ("fp8_w8a16", None, (128, 128)),
+}
 
 
 def _gptq(said: dict[str, Any], modules: tuple[str, ...]) -> Method | None:
     """GPTQ: codes along K in words, everything transposed; version 1 stores zero points less one."""
     for pattern, change in (said.get("dynamic") or {}).items():
-        if any(re.match(pattern[2:] if pattern[:2] in ("-:", "+:") else pattern, module) for module in modules):
+        plain = pattern[2:] if pattern[:2] in ("-:", "+:") else pattern
+        if any(_searched(plain, module, re.match) for module in modules):
             if pattern.startswith("-:"):
                 return None
             said = {**said, **change}
+            break  # the first that fits decides
     version = said.get("checkpoint_format", "gptq")
     if version not in ("gptq", "gptq_v2"):
         _refuse("gptq", f"checkpoint_format {version!r}", "'gptq' or 'gptq_v2'")
@@ -406,6 +462,24 @@ def _awq(said: dict[str, Any], modules: tuple[str, ...]) -> Method:
     )
 
 
+def _auto_round(said: dict[str, Any], modules: tuple[str, ...]) -> Method | None:
+    """AutoRound: codes packed as those of GPTQ, version 1, or AWQ; modules may differ, by name or pattern."""
+    extra = said.get("extra_config") or {}
+    patterns = (name for name in extra if re.search(r"[*+?^$()\[\]{}|\\]", name))
+    named = (module for module in modules if module in extra)
+    matched = (pattern for pattern in patterns if any(_searched(pattern, module, re.search) for module in modules))
+    own = next(itertools.chain(named, matched), None)
+    said = said if own is None else {**said, **extra[own]}
+    if said.get("data_type", "int") == "float" or said.get("bits") == 16:
+        return None
+    kind = str(said.get("packing_format")).removeprefix("auto_round:")
+    if kind == "auto_gptq":
+        return _gptq(said, modules)
+    if kind != "auto_awq":
+        _refuse("auto-round", f"packing_format {said.get('packing_format')!r}", "auto_round:auto_gptq or :auto_awq")
+    return _awq(said, modules)
+
+
 def _mxfp4(said: dict[str, Any], modules: tuple[str, ...]) -> Method:
     """gpt-oss: [E, N, K / 32, 16] bytes of two codes, and an exponent per 32."""
     return Method(
@@ -446,6 +520,7 @@ METHODS: dict[str, Callable[[dict[str, Any], tuple[str, ...]], Method | None]] =
     "compressed-tensors": _compressed_tensors,
     "gptq": _gptq,
     "awq": _awq,
+    "auto-round": _auto_round,
     "mxfp4": _mxfp4,
     "modelopt": _modelopt,
     "fusedmoe": _fusedmoe,

@@ -25,13 +25,15 @@ _ACTIVATIONS = {
     "relu2": "relu2",
 }
 #: These declare hidden_act "silu" and compute (up + 1) * gate * sigmoid(alpha * gate).
-_SWIGLUOAI = {"gpt_oss", "openai_privacy_filter", "minimax_m3_vl"}
+_SWIGLUOAI = {"gpt_oss", "gpt_oss_puzzle", "openai_privacy_filter", "minimax_m3_vl"}
 #: Gate and up rows alternate; no tensor says so.
-INTERLEAVED = {"gpt_oss"}
+INTERLEAVED = {"gpt_oss", "gpt_oss_puzzle"}
 #: The routing weight multiplies the input of the experts, not their output.
 WEIGHT_ON_INPUT = {"llama4"}
 #: Experts that compute what no Activation describes: a norm after w2, a soft-capped gate.
-_OTHER_EXPERTS = {"muse_spark", "inkling2"}
+_OTHER_EXPERTS = {"muse_spark", "inkling2", "inkling2_loop"}
+#: Their code has an activation that their configuration does not name.
+_UNNAMED = {"lfm2_moe": "silu"}
 
 RouterKind = Literal["softmax", "sigmoid", "topk_softmax"]
 
@@ -86,8 +88,9 @@ _ROUTERS: dict[str, _Family] = {
 class RoutingRule:
     """How router logits become a choice of experts and their weights.
 
-    ``kind`` "softmax": weights of the top_k largest of softmax(logits); "sigmoid": of sigmoid(logits), chosen
-    by groups and with a correction bias (DeepSeek-V3); "topk_softmax": softmax of the top_k largest logits.
+    ``kind`` "softmax": weights of the top_k largest of softmax(logits), by groups in DeepSeek-V2; "sigmoid": of
+    sigmoid(logits), chosen by groups and with a correction bias (DeepSeek-V3); "topk_softmax": softmax of the top_k
+    largest logits.
     Equations: :mod:`fusedmoe.routers`. The weights are multiplied by ``routed_scaling_factor``.
     """
 
@@ -124,8 +127,8 @@ def activation_of(config: dict[str, Any], *, gated: bool) -> Activation:
     """The activation of the experts."""
     # Where a model has several of these keys, the special one is the one its code uses.
     keys = ("mlp_hidden_act", "hidden_activation", "hidden_act")
-    name = next((config[key] for key in keys if config.get(key) is not None), None)
     model_type, limit = model_type_of(config), config.get("swiglu_limit")
+    name = next((config[key] for key in keys if config.get(key) is not None), _UNNAMED.get(model_type))
     try:
         if model_type in _SWIGLUOAI or name == "swigluoai":
             return Activation("swigluoai", limit=limit or 7.0, alpha=config.get("swiglu_alpha") or 1.702)
@@ -161,14 +164,18 @@ _ROUTE = "Compute top-k weights and ids as the model does; fusedmoe.routers has 
 def rule_of(config: dict[str, Any]) -> RoutingRule:
     """The family's rule with this model's numbers."""
     family = family_of(config)
-    if absent := [key for key in family.needs if key not in config]:
+    needs, method = family.needs, config.get("topk_method")
+    if family.kind == "softmax" and method == "group_limited_greedy":
+        needs = (*needs, "n_group", "topk_group")
+    elif family.kind == "softmax" and method not in (None, "greedy"):
+        wanted = "'greedy' or 'group_limited_greedy'"
+        raise error("topk_method in config.json", got=repr(method), wanted=wanted, do=_ROUTE)
+    if absent := [key for key in needs if key not in config]:
         raise error("router in config.json", got=f"no {', '.join(absent)}", wanted="them", do=_ROUTE)
-    if config.get("topk_method") not in (None, "greedy") and family.kind == "softmax":
-        raise error("topk_method in config.json", got=repr(config["topk_method"]), wanted="'greedy'", do=_ROUTE)
     top_k = integer(config, TOP_K)
     if top_k is None:
         raise error("top-k in config.json", got="none", wanted=f"an integer {TOP_K[0]}", do=_ROUTE)
-    said = {key: config[key] for key in family.needs if config[key] is not None}
+    said = {key: config[key] for key in needs if config[key] is not None}
     factor = said.get("routed_scaling_factor", 1.0)
     if not isinstance(factor, (int, float)) or not abs(factor) <= FLOAT32_MAX:
         raise error("routed_scaling_factor in config.json", got=repr(factor), wanted="a number", do=_ROUTE)

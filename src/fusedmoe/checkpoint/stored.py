@@ -387,7 +387,8 @@ def _fused_layer(files: Files, block: str, fused: tuple[str, str]) -> Layer:
 
 def _count(config: dict[str, Any], block: str, found: int) -> int:
     """Number of experts, on which tensors and configuration must agree when it says one."""
-    wanted = integer(config, ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"))
+    keys = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+    wanted = None if "block_configs" in config else integer(config, keys)  # those differ from layer to layer
     if wanted is not None and found > wanted:
         raise error(f"experts of {block}", got=found, wanted=f"{wanted}, as config.json says", do=CONVERT_AGAIN)
     return found if wanted is None else wanted

@@ -13,12 +13,17 @@ import torch
 from torch import Tensor
 
 
-def softmax_topk(router_logits: Tensor, top_k: int, *, renormalize: bool) -> tuple[Tensor, Tensor]:
-    """The ``top_k`` largest of p = softmax(logits); divided by their sum with ``renormalize``."""
+def softmax_topk(
+    router_logits: Tensor, top_k: int, *, renormalize: bool, n_group: int = 1, topk_group: int = 1
+) -> tuple[Tensor, Tensor]:
+    """The ``top_k`` largest of p = softmax(logits); divided by their sum with ``renormalize``.
+
+    DeepSeek-V2: inside the ``topk_group`` best of ``n_group`` groups, each as good as its largest p.
+    """
 
     def route(logits: list[float]) -> tuple[list[float], list[int]]:
         p = _softmax(logits)
-        ids = _largest(p, top_k)
+        ids = _in_groups(p, top_k, n_group, topk_group, largest=1)
         weights = [p[e] for e in ids]
         return (_normalized(weights) if renormalize else weights), ids
 
@@ -51,15 +56,11 @@ def sigmoid_topk(
     """
     n_experts = router_logits.shape[1]
     bias = [0.0] * n_experts if correction_bias is None else correction_bias.double().tolist()
-    size = n_experts // n_group
 
     def route(logits: list[float]) -> tuple[list[float], list[int]]:
         s = [1.0 / (1.0 + math.exp(-z)) if z > -700.0 else 0.0 for z in logits]
         choice = [score + b for score, b in zip(s, bias, strict=True)]
-        groups = [sum(sorted(choice[g * size : (g + 1) * size])[-2:]) for g in range(n_group)]
-        kept = _largest(groups, topk_group)
-        candidates = sorted(e for g in kept for e in range(g * size, (g + 1) * size))
-        ids = [candidates[i] for i in _largest([choice[e] for e in candidates], top_k)]
+        ids = _in_groups(choice, top_k, n_group, topk_group, largest=2)
         weights = [s[e] for e in ids]
         if renormalize:
             weights = _normalized(weights)
@@ -75,6 +76,15 @@ def _each_token(
     weights = torch.tensor([w for w, _ in routed], dtype=torch.float64).reshape(len(routed), top_k)
     ids = torch.tensor([i for _, i in routed], dtype=torch.int64).reshape(len(routed), top_k)
     return weights.to(router_logits.device), ids.to(router_logits.device)
+
+
+def _in_groups(choice: list[float], top_k: int, n_group: int, topk_group: int, *, largest: int) -> list[int]:
+    """Of the groups whose ``largest`` largest have the largest sums."""
+    size = len(choice) // n_group
+    groups = [sum(sorted(choice[g * size : (g + 1) * size])[-largest:]) for g in range(n_group)]
+    kept = _largest(groups, topk_group)
+    candidates = sorted(e for g in kept for e in range(g * size, (g + 1) * size))
+    return [candidates[i] for i in _largest([choice[e] for e in candidates], top_k)]
 
 
 def _largest(values: Sequence[float], count: int) -> list[int]:
