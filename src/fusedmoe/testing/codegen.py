@@ -44,6 +44,14 @@ class Compiled:
         """How often an instruction occurs in the machine code."""
         return len(re.findall(rf"\b{instruction}\b", self.sass()))
 
+    def products(self) -> set[tuple[str, int, str]]:
+        """Kinds of matrix products in the PTX, which is read in no time: instruction, columns, type of operands."""
+        found = re.findall(
+            r"\b(wgmma|mma)(?:\.mma_async)?\.sync\.aligned\.m\d+n\d+k(\d+)(?:\.row\.col)?(?:\.satfinite)?\.\w+\.(\w+)\.",
+            self.asm["ptx"],
+        )
+        return {(instruction, int(columns), operand) for instruction, columns, operand in found}
+
     def complaints(self) -> list[str]:
         """What NVIDIA's assembler says of the PTX beside its statistics: performance that it gave up, for example."""
         with tempfile.TemporaryDirectory() as folder:
