@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 from dataclasses import replace
@@ -231,10 +232,15 @@ def test_a_backend_that_is_asked_for_is_taken(folder):
 
 def test_breaks_are_where_plans_change(folder):
     put(folder, Entry(slots=64, **FAST), Entry(slots=512, **FAST), Entry(slots=65536, **FAST))
-    plans = {n: choose(problem(n), H200).triton == untuned(problem(n), H200).triton for n in range(1, 20000)}
-    changes = {n for n in range(1, 19999) if plans[n] != plans[n + 1]}
-    assert changes and changes <= set(tokens_before_breaks(problem(20000), H200))
-    assert FEW // QWEN.top_k in tokens_before_breaks(problem(20000), H200)
+    breaks = tokens_before_breaks(problem(20000), H200)
+    assert FEW // QWEN.top_k in breaks
+    measured = []
+    for before, last in itertools.pairwise(sorted({0, *breaks, 19999})):
+        between = {*range(before + 1, last + 1, 1 + (last - before) // 50), last}
+        same = {choose(problem(n), H200).triton == untuned(problem(n), H200).triton for n in between}
+        assert len(same) == 1, (before, last)
+        measured += same
+    assert set(measured) == {True, False}
 
 
 def test_a_measurement_counts_the_rows_that_are_here(folder):
