@@ -533,6 +533,11 @@ def test_gpt_oss(config, tmp_path):
         assert torch.equal(matrix.dequantize(), theirs.transpose(1, 2))
 
 
+def test_order_of_rows_of_mxfp4_is_not_guessed(tmp_path):
+    write(tmp_path, gpt_oss()[0], MXFP4, model_type="other")
+    fails(tmp_path, "order of gate and up rows of .*_blocks: got model type 'other'; wanted one of gpt_oss, ")
+
+
 @pytest.mark.parametrize("splits", SPLITS, ids=str)
 def test_gpt_oss_slices_add_up(splits, tmp_path):
     write(tmp_path, gpt_oss()[0], MXFP4, model_type="gpt_oss")

@@ -356,6 +356,14 @@ def _fused_layer(files: Files, block: str, fused: tuple[str, str]) -> Layer:
         and w13.types["data"] != w2.types["data"]
     ):
         raise _unfit(w2, "data", 0, w13)
+    interleaved = model_type_of(files.config) in INTERLEAVED
+    if w13.endings["data"] == "_blocks" and not interleaved:  # gpt-oss's own format: those of others may differ in this
+        raise error(
+            f"order of gate and up rows of {name13}",
+            got=f"model type {model_type_of(files.config)!r}",
+            wanted=f"one of {', '.join(sorted(INTERLEAVED))}, which store their experts so",
+            do="Build FusedExperts from tensors yourself: fusedmoe.ExpertMatrix takes these codes and scales.",
+        )
     experts = _count(files.config, block, first[0])
     if experts != first[0]:
         raise error(f"experts of {block}", got=first[0], wanted=f"{experts}, as config.json says", do=CONVERT_AGAIN)
@@ -380,7 +388,7 @@ def _fused_layer(files: Files, block: str, fused: tuple[str, str]) -> Layer:
         experts=experts,
         hidden=hidden,
         intermediate=inner,
-        interleaved=model_type_of(files.config) in INTERLEAVED,
+        interleaved=interleaved,
         weight_layout=layout,
     )
 
