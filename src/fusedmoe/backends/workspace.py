@@ -17,8 +17,8 @@ ALIGNMENT = 256
 #: The buffer itself starts at a multiple of this many bytes: what tensor maps and vector loads need.
 BASE_ALIGNMENT = 16
 
-#: What the last step of a layer reads; everything else is dead when it writes the output.
-LAST = ("rows",)
+#: What the sum of a token's rows reads: the rows, and where each slot's lies. When it writes, all else is dead.
+LAST = ("rows", "row")
 
 Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
@@ -37,7 +37,7 @@ def in_two(layout: Layout) -> tuple[Layout, Layout]:
 
     Without rows the last step is a GEMM that reads nearly all there is: then nothing lies where the output may be.
     """
-    if not any(name in layout for name in LAST):
+    if "rows" not in layout:
         return {}, layout
     first = {name: tensor for name, tensor in layout.items() if name not in LAST}
     return first, {name: tensor for name, tensor in layout.items() if name in LAST}

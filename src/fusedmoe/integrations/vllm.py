@@ -9,7 +9,8 @@ A plugin of vLLM (entry point ``vllm.general_plugins``), which does nothing unle
 vLLM's LoRA runs here too, on the tensors of its slots; rows of a quantised layer with adapters are quantised here, as
 adapters multiply them as they are. What they cannot take (adapters that are sharded along their ranks, emulated
 quantisation, a form of scales that they do not know) runs in vLLM's class as before, with its own workspaces; the
-reason is logged once.
+reason is logged once. Before the first call of a layer its arguments are put together without tokens, and whatever
+this library says against them is a reason.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedmoe.errors import FusedMoEError
+from fusedmoe.checks import check
+from fusedmoe.errors import FusedMoEError, OptionError, explain
 from fusedmoe.expert_matrix import ExpertMatrix
 from fusedmoe.functional import fused_experts
 from fusedmoe.lora import MAX_RANK, MAX_SLOTS, LoRA
@@ -38,8 +40,8 @@ _MODULE = "vllm.model_executor.layers.fused_moe.experts.triton_moe"
 #: Layers that hold adapters, and what tells which slot each token has.
 _LAYERS = "vllm.lora.layers.fused_moe"
 _SLOTS_OF_TOKENS = "vllm.lora.ops.triton_ops.lora_kernel_metadata"
-#: Whose gate and up rows alternate in vLLM.
-_INTERLEAVED = "swigluoai"
+#: Whose gate and up rows alternate in vLLM, and the same activation of gate rows and then up rows (0.33).
+_INTERLEAVED, _UNINTERLEAVED = "swigluoai", "swigluoai_uninterleave"
 
 _log = logging.getLogger("fusedmoe.vllm")
 
@@ -144,16 +146,29 @@ def experts_class(base: Any) -> Any:
         @property
         def expects_unquantized_inputs(self) -> bool:
             """Whether rows come as they are, to be quantised here: adapters multiply them as they are."""
-            adapted = getattr(self, "_lora_context", None) is not None and self.quant_config.quant_dtype is not None
-            if adapted and not self._fusedmoe_why_not(self.moe_config.activation):
-                return True
+            context = getattr(self, "_lora_context", None)
+            if context is not None and self.quant_config.quant_dtype is not None:
+                reason, _ = self._fusedmoe_how(self.moe_config.activation, _shape(context))
+                if reason is None:
+                    return True
             return bool(super().expects_unquantized_inputs)
 
-        def workspace_shapes(self, M: int, N: int, K: int, *args: Any, **kwargs: Any) -> Any:
+        def workspace_shapes(
+            self,
+            M: int,
+            N: int,
+            K: int,
+            topk: int,
+            global_num_experts: int,
+            local_num_experts: int,
+            expert_tokens_meta: Any,
+            activation: Any,
+        ) -> Any:
             """None but the output: a call allocates what it needs, in the graph's pool when it is captured."""
-            activation = kwargs["activation"] if "activation" in kwargs else args[-1]
-            if self._fusedmoe_why_not(activation):
-                return super().workspace_shapes(M, N, K, *args, **kwargs)
+            if self._fusedmoe_how(activation, (local_num_experts, N, K))[0]:
+                return super().workspace_shapes(
+                    M, N, K, topk, global_num_experts, local_num_experts, expert_tokens_meta, activation
+                )
             return (0,), (0,), (M, K)
 
         def apply(
@@ -174,7 +189,8 @@ def experts_class(base: Any) -> Any:
             expert_tokens_meta: Any,
             apply_router_weight_on_input: bool,
         ) -> Any:
-            if reason := self._fusedmoe_why_not(activation):
+            reason, options = self._fusedmoe_how(activation, (*w1.shape[:2], hidden_states.shape[1]))
+            if reason:
                 _say(type(self).__mro__[1].__name__, reason)
                 return super().apply(
                     output=output,
@@ -193,7 +209,7 @@ def experts_class(base: Any) -> Any:
                     expert_tokens_meta=expert_tokens_meta,
                     apply_router_weight_on_input=apply_router_weight_on_input,
                 )
-            w13, down = self._fusedmoe_matrices(w1, w2, gated=_of(self, activation).gated)
+            w13, down = self._fusedmoe_matrices(w1, w2, options)
             if apply_router_weight_on_input:  # the prepare step did it
                 topk_weights = torch.ones_like(topk_weights)
             lora = adapter_ids = None
@@ -207,29 +223,37 @@ def experts_class(base: Any) -> Any:
                 topk_ids,
                 hidden_states_scale=a1q_scale,
                 dtype=None if a1q_scale is None else output.dtype,
-                activation=_of(self, activation),
-                gate_up_layout="interleaved" if activation.value == _INTERLEAVED else "concatenated",
                 w13_bias=self.quant_config.w1_bias,
                 w2_bias=self.quant_config.w2_bias,
                 expert_map=expert_map,
-                batch_invariant=_batch_invariant(),
                 lora=lora,
                 adapter_ids=adapter_ids,
                 out=output,
+                **options,
             )
             return None
 
-        def _fusedmoe_why_not(self, activation: Any) -> str | None:
-            context = getattr(self, "_lora_context", None)
-            return why_not(self, activation) or why_no_adapters(context, self.moe_config.in_dtype)
+        def _fusedmoe_how(self, activation: Any, shape: tuple[int, int, int]) -> tuple[str | None, dict[str, Any]]:
+            """Why vLLM's class runs a layer whose w1 is of this shape; or None, and the options that it has here.
 
-        def _fusedmoe_matrices(self, w1: Tensor, w2: Tensor, *, gated: bool) -> tuple[Any, Any]:
+            Tried once: what vLLM asks before a call and what the call does are the same answer.
+            """
+            key = activation, shape, _batch_invariant(), settings()
+            known = vars(self).setdefault("_fusedmoe_known", {})
+            if key not in known:
+                reason = why_not(self, activation, shape)
+                known[key] = reason, {} if reason else options_of(self, activation)
+            reason, options = known[key]
+            context = getattr(self, "_lora_context", None)
+            return reason or why_no_adapters(context, self.moe_config.in_dtype), options
+
+        def _fusedmoe_matrices(self, w1: Tensor, w2: Tensor, options: dict[str, Any]) -> tuple[Any, Any]:
             """Both matrices; made anew when a tensor is another one, for vLLM may move or reload weights."""
             config = self.quant_config
             parts = (w1, w2, config.w1_scale, config.w2_scale, config.w1_zp, config.w2_zp)
             key = tuple(None if t is None else (t.data_ptr(), t.shape, t.stride(), t.dtype) for t in parts)
             if getattr(self, "_fusedmoe_key", None) != key:
-                self._fusedmoe_made = matrices(config, w1, w2, gated=gated)
+                self._fusedmoe_made = matrices(config, w1, w2, **_halves(options))
                 self._fusedmoe_key = key
             return self._fusedmoe_made
 
@@ -257,18 +281,52 @@ def experts_class(base: Any) -> Any:
     return Experts
 
 
-def why_not(experts: Any, activation: Any) -> str | None:
-    """Why vLLM's own class runs this; None where it runs here. The same for every call of a layer."""
+def why_not(experts: Any, activation: Any, shape: tuple[int, int, int]) -> str | None:
+    """Why vLLM's own class runs a layer whose w1 is [E, N, K] = ``shape``; None where it runs here.
+
+    The same for every call of a layer: a call without tokens is put together and checked, on matrices that hold
+    nothing, as vLLM asks before it hands over its own.
+    """
     config = experts.quant_config
     if getattr(experts, "quantization_emulation", False):
         return "quantisation is emulated"
-    if activation.value not in TABLE or activation.value == "situ":
-        return f"activation {activation.value} is unknown here"
-    if activation.value != "silu" and _limit(experts) is not None:
-        return f"activation {activation.value} with a limit is unknown here"
     if kind_of(config) is None:
         return f"weights of {config.weight_quant_dtype} with rows of {config.quant_dtype} are unknown here"
+    try:
+        options = options_of(experts, activation)
+        w1, w2 = _blanks(experts, shape, gated=options["activation"].gated)
+        ids = torch.empty((0, 1), dtype=torch.int32, device=w1.device)
+        check(
+            torch.empty((0, shape[2]), dtype=experts.moe_config.in_dtype, device=w1.device),
+            *matrices(config, w1, w2, **_halves(options)),
+            ids.float(),
+            ids,
+            w13_bias=config.w1_bias,
+            w2_bias=config.w2_bias,
+            **options,
+        )
+    except FusedMoEError as cause:
+        return str(cause).rstrip(".")
     return None
+
+
+def _blanks(experts: Any, shape: tuple[int, int, int], *, gated: bool) -> tuple[Tensor, Tensor]:
+    """A w1 of this shape and its w2 that take no memory: sizes, type and device are those of the layer's."""
+    config = experts.quant_config
+    beside = (config.w1_scale, config.w2_scale, config.w1_bias, config.w2_bias)
+    device = next((t.device for t in beside if t is not None), torch.device("cpu"))
+    dtype = config.weight_quant_dtype
+    if dtype is None:
+        dtype = experts.moe_config.in_dtype
+    elif config.quant_dtype is None or not isinstance(dtype, torch.dtype):
+        dtype = torch.uint8  # codes that meet rows as they are
+    n_experts, n_rows, n_hidden = shape
+    per_byte = 2 if config.use_int4_w4a16 else 1
+
+    def blank(rows: int, columns: int) -> Tensor:
+        return torch.empty(columns // per_byte, dtype=dtype, device=device).expand(n_experts, rows, -1)
+
+    return blank(n_rows, n_hidden), blank(n_hidden, n_rows // 2 if gated else n_rows)
 
 
 def why_no_adapters(context: Any, dtype: torch.dtype) -> str | None:
@@ -283,7 +341,7 @@ def why_no_adapters(context: Any, dtype: torch.dtype) -> str | None:
     told = getattr(context.punica_wrapper, "token_mapping_meta", None)
     if not hasattr(getattr(told, "prepare_tensors", None), "forgetting"):
         return "slots of tokens may be those of the batch before"
-    if _batch_invariant():
+    if _batch_invariant() or settings().batch_invariant:
         return "adapters have no batch-invariant form here"
     other = next((t.dtype for t in tensors if t.dtype != dtype), None)
     if other is not None:
@@ -303,6 +361,12 @@ def _slots(context: Any) -> list[Tensor]:
     return [tensor for pair in pairs for tensor in pair]
 
 
+def _shape(context: Any) -> tuple[int, int, int]:
+    """[E, N, K] of the w1 that adapters are for. One A may serve all experts."""
+    a, b = context.w13_lora_a_stacked, context.w13_lora_b_stacked
+    return b[0].shape[1], sum(up.shape[2] for up in b), a[0].shape[3]
+
+
 def _adapter_ids(context: Any, n_tokens: int) -> Tensor:
     """Slot of each token's adapter, -1 for none: those that travelled with the tokens, or the batch's."""
     local = getattr(context, "local_token_lora_mapping", None)
@@ -310,20 +374,22 @@ def _adapter_ids(context: Any, n_tokens: int) -> Tensor:
     return found[:n_tokens]
 
 
-def kind_of(config: Any) -> tuple[str, dict[str, Any]] | None:
-    """Scheme and choices of a ``FusedMoEQuantConfig``; ("none", {}) of one without quantisation; None: unknown."""
+def kind_of(config: Any, matrix: int = 1) -> tuple[str, dict[str, Any]] | None:
+    """Scheme and choices of w1 or w2 (``matrix`` 2) of a ``FusedMoEQuantConfig``; ("none", {}) of one without
+    quantisation; None: unknown.
+    """
     block = config.block_shape
     if config.quant_dtype is None and config.weight_quant_dtype is None:
         return "none", {}
     if config.use_fp8_w8a8 or config.use_int8_w8a8:
+        scale, input_scale = (config.w1_scale, config.a1_scale) if matrix == 1 else (config.w2_scale, config.a2_scale)
         code = "fp8" if config.use_fp8_w8a8 else "int8_w8a8"
         if block is not None:
             return (f"{code}_block" if code == "fp8" else code), {"block": tuple(block), "inputs": "group"}
-        mode = "token" if config.per_act_token_quant else "tensor" if config.a1_scale is None else "static"
+        mode = "token" if config.per_act_token_quant else "tensor" if input_scale is None else "static"
         if code == "int8_w8a8":
             return code, {"inputs": mode}
-        n_experts = config.w1_scale.shape[0]
-        whole = config.w1_scale.numel() == n_experts and config.w2_scale.numel() == n_experts
+        whole = scale is not None and scale.shape[:1].numel() == scale.numel()
         return ("fp8_tensor" if whole else "fp8_channel"), {"inputs": mode}
     if config.use_int8_w8a16:
         return "int8_w8a16", {}
@@ -332,40 +398,88 @@ def kind_of(config: Any) -> tuple[str, dict[str, Any]] | None:
     return None
 
 
-def matrices(config: Any, w1: Tensor, w2: Tensor, *, gated: bool) -> tuple[Any, Any]:
-    """w13 and w2 as this library takes them, from the tensors of a vLLM layer; nothing is copied.
+def matrices(config: Any, w1: Tensor, w2: Tensor, *, halves: bool) -> tuple[Any, Any]:
+    """w13 and w2 as this library takes them, from the tensors of a vLLM layer; nothing is copied, for vLLM may write
+    other numbers into its tensors. ``halves``: w1 is gate rows and then up rows, each with blocks of its own.
 
     Raises:
-        FusedMoEError: scales or zero points do not fit the weights.
+        FusedMoEError: the quantisation is unknown; or scales or zero points do not fit the weights.
     """
-    found = kind_of(config)
-    if found is None:
-        raise FusedMoEError("a quantisation that why_not refuses")
-    scheme, choices = found
-    if scheme == "none":
-        return w1, w2
-    blocks = "block" in choices
 
-    def matrix(w: Tensor, scale: Tensor, zero: Tensor | None, input_scale: Tensor | None, parts: int) -> ExpertMatrix:
+    def matrix(
+        number: int, w: Tensor, scale: Tensor, zero: Tensor | None, input_scale: Tensor | None, parts: int
+    ) -> Tensor | ExpertMatrix:
+        found = kind_of(config, number)
+        if found is None:
+            raise OptionError(
+                explain(
+                    "quantisation",
+                    got=f"weights of {config.weight_quant_dtype} with rows of {config.quant_dtype}",
+                    wanted="one that is known here",
+                    do="See why_not.",
+                )
+            )
+        scheme, choices = found
+        if scheme == "none":
+            return w
         if choices.get("inputs") != "static":
             input_scale = None
+        if isinstance(scale, Tensor) and scale.dtype == torch.float8_e8m0fnu:
+            scale = scale.view(torch.uint8)
+        parts = parts if "block" in choices else 1
         return ExpertMatrix(scheme, w, scale, zero=zero, input_scale=input_scale, parts=parts, **choices)
 
     return (
-        matrix(w1, config.w1_scale, config.w1_zp, config.a1_scale, 2 if gated and blocks else 1),
-        matrix(w2, config.w2_scale, config.w2_zp, config.a2_scale, 1),
+        matrix(1, w1, config.w1_scale, config.w1_zp, config.a1_scale, 2 if halves else 1),
+        matrix(2, w2, config.w2_scale, config.w2_zp, config.a2_scale, 1),
     )
 
 
-def _limit(experts: Any) -> float | None:
-    config = getattr(experts, "activation_config", None)
+def options_of(experts: Any, activation: Any) -> dict[str, Any]:
+    """What :func:`fusedmoe.fused_experts` is told of a layer besides its tensors.
+
+    Raises:
+        FusedMoEError: the activation is unknown here, or cannot have its parameters.
+    """
+    return {
+        "activation": activation_of(experts, activation),
+        "gate_up_layout": "interleaved" if activation.value == _INTERLEAVED else "concatenated",
+        "batch_invariant": _batch_invariant(),
+    }
+
+
+def activation_of(experts: Any, activation: Any) -> Activation:
+    """An activation of vLLM with its parameters, which 0.33 keeps in ``activation_config``.
+
+    Raises:
+        FusedMoEError: it is unknown here, or cannot have its parameters.
+    """
+    name, config = activation.value, getattr(experts, "activation_config", None)
     limit = experts.quant_config.gemm1_clamp_limit if config is None else config.clamp_limit
-    return None if limit is None else float(limit)
+    if limit is not None and not limit > 0:
+        limit = None  # no clamp
+    if name == "silu":
+        return Activation("silu", limit=limit)
+    if name == _UNINTERLEAVED and config is not None and limit is not None:
+        return Activation("swigluoai", alpha=config.alpha, beta=config.beta, limit=limit)
+    if limit is not None or name not in TABLE:
+        raise OptionError(
+            explain(
+                "activation",
+                got=f"{name} with limit {limit}",
+                wanted=f"silu with or without one, {_UNINTERLEAVED} with one, or without {', '.join(TABLE)}",
+                do="vLLM's own class has it.",
+            )
+        )
+    if name == "situ" and config is not None:
+        linear = config.activation_situ_linear_beta
+        linear = linear if linear is not None and linear > 0 else None  # else up as it is
+        return Activation("situ", beta=config.activation_situ_beta, linear_beta=linear)
+    return Activation(name)
 
 
-def _of(experts: Any, activation: Any) -> Activation:
-    limit = _limit(experts) if activation.value == "silu" else None
-    return Activation(activation.value, limit=limit)
+def _halves(options: dict[str, Any]) -> dict[str, bool]:
+    return {"halves": options["activation"].gated and options["gate_up_layout"] == "concatenated"}
 
 
 def _batch_invariant() -> bool | None:

@@ -12,8 +12,8 @@ Adapters (``a``, Steps) are more steps of a tile: blocks of BLOCK_K columns of A
 adapter and else zeros, times B. They are copied by cp.async, and the sum goes on.
 
 ``ready[stage]`` completes when a buffer is full, ``empty[stage]`` when every consumer is done with it. Both sides
-count stages alike over all tiles of the program, so that the ring never drains between two. Of tiles' numbers, two of
-which have a place, ``said`` and ``heard`` are the same.
+count stages alike over all tiles of the program, so that the ring does not drain between two of many steps. Of tiles'
+numbers, two of which have a place, ``said`` and ``heard`` are the same.
 
 A tile multiplies WIDE rows of weights: as one sum, or, where scales are applied step by step, as two sums of half the
 columns that share the registers of one product. Both ways what follows the sums sees two halves: gate and up where

@@ -40,7 +40,7 @@ class Schedule(NamedTuple):
     tile_expert: object  # [n_tiles] int32
     tile_row: object  #    [n_tiles] int32: first row of a tile
     n_tiles: object  #     [1] int32
-    claimed: object  #     [2] int32: tiles of each GEMM that programs took when they were done with another
+    claimed: object  #     [2] int32: numbers of tiles of each GEMM that programs took beyond their first
 
 
 class AdaptedIds(NamedTuple):
