@@ -57,8 +57,7 @@ def test_scheme_grid(index):
     assert error < case.tolerance, case
 
 
-@pytest.mark.parametrize("ids", ["uniform", "invalid", "one"])
-@pytest.mark.parametrize("tokens", [530, 2060])
+@pytest.mark.parametrize(("tokens", "ids"), [(530, "one"), (2060, "invalid")])  # other ids: test_routing.py
 def test_many_slots_are_sorted_by_several_programs(tokens, ids):
     # Above 4096 slots in three launches, over several chunks.
     case = Case.of((tokens, 2, 5, 16, 16), ids=ids)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -29,9 +30,12 @@ def test_several_programs_place_the_chunks_in_several_steps(shape, ids, monkeypa
     test_schedule(shape, ids)
 
 
-@pytest.mark.parametrize("ids", ["uniform", "any", "one", "invalid", "absent"])
+IDS = ("uniform", "any", "one", "invalid", "absent")
+SMALL, LARGE = ((5, 2, 3), (100, 3, 7), (64, 2, 130), (700, 2, 6), (300, 4, 33)), ((2048, 2, 300), (2049, 2, 6))
+
+
 @pytest.mark.parametrize(
-    "shape", [(5, 2, 3), (100, 3, 7), (64, 2, 130), (700, 2, 6), (300, 4, 33), (2048, 2, 300), (2049, 2, 6)]
+    ("shape", "ids"), [*itertools.product(SMALL, IDS), *itertools.product(LARGE, ("uniform", "invalid"))]
 )
 def test_schedule(shape, ids):
     tokens, top_k, n_experts = shape
