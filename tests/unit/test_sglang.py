@@ -145,18 +145,22 @@ def test_schemes(pool, form):
         a.data, b.data, w13_scale=scales[0], w2_scale=scales[1],
         w13_zp=a.zero, w2_zp=b.zero, a13_scale=a.input_scale, a2_scale=b.input_scale, **FORMS[form],
     )  # fmt: skip
-    result, (x, weights, ids) = call(pool, quant_info, runner())
+    config = runner()
+    result, (x, weights, ids) = call(pool, quant_info, config)
     want = fusedmoe.reference.fused_experts(x, a, b, weights, ids)
     assert relative_error(result.hidden_states, want) < 2.0**-6
     made = a.data._fusedmoe_made
-    call(pool, quant_info, runner())
+    call(pool, quant_info, config)
     assert a.data._fusedmoe_made is made
+    call(pool, quant_info, runner(activation="gelu"))
+    assert a.data._fusedmoe_made is not made
 
 
 #: fields of the runner's config -> our activation and layout.
 ACTIVATIONS = [
     ({}, ("silu", {}), "concatenated"),
     ({"swiglu_limit": 0.5}, ("silu", {"limit": 0.5}), "concatenated"),
+    ({"swiglu_limit": 0.0}, ("silu", {}), "concatenated"),
     ({"gemm1_clamp_limit": 0.5}, ("swiglustep", {"limit": 0.5}), "concatenated"),
     ({"gemm1_alpha": 1.5, "gemm1_clamp_limit": 0.5}, ("swigluoai", {"alpha": 1.5, "limit": 0.5}), "interleaved"),
     ({"gemm1_alpha": 1.5, "gemm1_clamp_limit": 0.5, "gate_up_interleaved": False},
@@ -198,6 +202,54 @@ def test_the_rest_is_sglangs_own(pool, caplog):
         ):
             assert call(pool, quant_info, config)[0] == "theirs"
             assert reason in caplog.text
+
+
+def groups(bits, size):
+    """Codes of this many bits with scales of groups of columns."""
+    w13, w2 = (torch.zeros(E, n, k * bits // 8, dtype=torch.uint8) for n, k in ((2 * I, H), (H, I)))
+    scales = [torch.ones(E, w.shape[1], w.shape[2] * 8 // bits // size) for w in (w13, w2)]
+    form = {f"use_int{bits}_w{bits}a16": True, "block_shape": [0, size]}
+    return info(w13, w2, w13_scale=scales[0], w2_scale=scales[1], **form)
+
+
+def fp8(w13_scale, w2_scale, **fields):
+    w13, w2 = (w.to(torch.float8_e4m3fn) for w in plain())
+    return info(w13, w2, w13_scale=w13_scale, w2_scale=w2_scale, use_fp8_w8a8=True, **fields)
+
+
+#: What a layer may have that does not run here: quant_info, fields of the runner's config, a part of the reason.
+UNFIT = {
+    "int4": (lambda: groups(4, 16), {}, "scale of scheme 'int4_w4a16'"),
+    "int8": (lambda: groups(8, 16), {}, "scale of scheme 'int8_w8a16'"),
+    "blocks": (
+        lambda: fp8(torch.ones(E, 2, 2), torch.ones(E, 3, 1), block_shape=[128, 128]), {}, "scale of scheme 'fp8_block'"
+    ),
+    "limit": (lambda: info(*plain()), {"gemm1_clamp_limit": 0.0}, "limit of activation 'swiglustep'"),
+    "biases": (lambda: info(*plain(), b13=torch.ones(E, I)), {}, "w13_bias"),
+    "padded": (lambda: info(*(torch.nn.functional.pad(w, (0, 128)) for w in plain())), {}, "inner size 384"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNFIT)
+def test_what_does_not_fit_here_is_sglangs_own(pool, caplog, name):
+    plugin._say.cache_clear()
+    make, fields, reason = UNFIT[name]
+    quant_info, config = make(), runner(**fields)
+    with caplog.at_level(logging.INFO, "fusedmoe.sglang"):
+        for _ in range(2):
+            assert call(pool, quant_info, config)[0] == "theirs"
+    assert caplog.text.count("a layer runs in SGLang's own") == 1 and reason in caplog.text
+
+
+def test_scales_of_the_two_matrices_may_be_of_two_forms(pool):
+    w13, w2 = plain()
+    a, b = fusedmoe.quantize(w13, "fp8_channel"), fusedmoe.quantize(w2, "fp8_tensor")
+    quant_info = info(
+        a.data, b.data, w13_scale=a.scale, w2_scale=b.scale.flatten(), use_fp8_w8a8=True, per_channel_quant=True
+    )
+    result, (x, weights, ids) = call(pool, quant_info, runner())
+    want = fusedmoe.reference.fused_experts(x, a, b, weights, ids)
+    assert relative_error(result.hidden_states, want) < 2.0**-6
 
 
 # --- SGLang itself, whose modules want a GPU: as text -----------------------------------------------------------------

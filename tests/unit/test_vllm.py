@@ -28,8 +28,21 @@ class Activation(enum.Enum):
     GELU = "gelu"
     SWIGLUOAI = "swigluoai"
     SWIGLUSTEP = "swiglustep"
+    SWIGLUOAI_UNINTERLEAVE = "swigluoai_uninterleave"
+    SITU = "situ"
     RELU2_NO_MUL = "relu2_no_mul"
-    UNKNOWN = "swigluoai_uninterleave"
+    UNKNOWN = "tanh"
+
+
+@dataclasses.dataclass
+class ActivationConfig:
+    """What the plugin reads of 0.33's ApplyMoEActivationConfig."""
+
+    clamp_limit: float | None = None
+    alpha: float = 1.0
+    beta: float = 0.0
+    activation_situ_beta: float | None = None
+    activation_situ_linear_beta: float | None = None
 
 
 @dataclasses.dataclass
@@ -237,8 +250,8 @@ def call(experts, w1, w2, x, scale, activation=Activation.SILU, **changes):
     generator = torch.Generator().manual_seed(1)
     weights = torch.rand(T, K, generator=generator)
     ids = torch.randint(E, (T, K), generator=generator, dtype=torch.int32)
-    output = torch.full((T, H), float("nan"), dtype=torch.bfloat16)
-    shapes = experts.workspace_shapes(T, w1.shape[1], H, K, E, E, None, activation)
+    output = torch.full(x.shape, float("nan"), dtype=torch.bfloat16)
+    shapes = experts.workspace_shapes(T, w1.shape[1], x.shape[1], K, E, E, None, activation)
     arguments = {
         "output": output, "hidden_states": x, "w1": w1, "w2": w2, "topk_weights": weights, "topk_ids": ids,
         "activation": activation, "global_num_experts": -1, "expert_map": None, "a1q_scale": scale, "a2_scale": None,
@@ -270,22 +283,90 @@ def test_every_scheme_that_vllm_has(stand_in, form):
         assert experts._fusedmoe_made is not made
 
 
-@pytest.mark.parametrize("activation", [a for a in Activation if a.value != "swigluoai_uninterleave"])
-def test_activations(stand_in, activation):
-    gated = not activation.value.endswith("_no_mul")
-    config, w1, w2, matrices = layer_of("none", gated)
+#: vLLM's activation, parameters that its layers have -> ours.
+ACTIVATIONS = [
+    (Activation.SILU, {}, ("silu", {})),
+    (Activation.SILU, {"clamp_limit": 0.5}, ("silu", {"limit": 0.5})),
+    (Activation.SILU, {"clamp_limit": 0}, ("silu", {})),  # no clamp
+    (Activation.SILU, {"clamp_limit": -1.0}, ("silu", {})),
+    (Activation.GELU, {}, ("gelu", {})),
+    (Activation.GELU, {"clamp_limit": 0.0}, ("gelu", {})),
+    (Activation.SWIGLUOAI, {}, ("swigluoai", {})),
+    (Activation.SWIGLUSTEP, {}, ("swiglustep", {})),
+    (Activation.RELU2_NO_MUL, {}, ("relu2_no_mul", {})),
+    (Activation.SWIGLUOAI_UNINTERLEAVE, {"clamp_limit": 0.5}, ("swigluoai", {"alpha": 1.0, "beta": 0.0, "limit": 0.5})),
+    (Activation.SWIGLUOAI_UNINTERLEAVE, {"clamp_limit": 0.5, "alpha": 1.7, "beta": 1.0},
+     ("swigluoai", {"alpha": 1.7, "beta": 1.0, "limit": 0.5})),
+    (Activation.SITU, {"activation_situ_beta": 0.8}, ("situ", {"beta": 0.8})),
+    (Activation.SITU, {"activation_situ_beta": 0.8, "activation_situ_linear_beta": 0.5},
+     ("situ", {"beta": 0.8, "linear_beta": 0.5})),
+    (Activation.SITU, {"activation_situ_beta": 0.8, "activation_situ_linear_beta": -1.0}, ("situ", {"beta": 0.8})),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("row", range(len(ACTIVATIONS)))
+def test_activations(stand_in, row):
+    activation, given, (name, parameters) = ACTIVATIONS[row]
+    config, w1, w2, matrices = layer_of("none", gated=not name.endswith("_no_mul"))
     config.w1_bias, config.w2_bias = torch.randn(E, w1.shape[1]), torch.randn(E, H)
-    if activation == Activation.SILU:
-        config.gemm1_clamp_limit = 0.5
+    found = [plugin.experts_class(TritonExperts)(config)]
+    found[0].activation_config = ActivationConfig(**given)
+    if given.keys() <= {"clamp_limit"} and activation != Activation.SWIGLUOAI_UNINTERLEAVE:  # as 0.22.1 has it
+        config = dataclasses.replace(config, gemm1_clamp_limit=given.get("clamp_limit"))
+        found.append(plugin.experts_class(TritonExperts)(config))
+    x = torch.randn(T, H, dtype=torch.bfloat16)
+    for experts in found:
+        result, output, weights, ids, _ = call(experts, w1, w2, x, None, activation)
+        assert result is None and not experts.called
+        want = fusedmoe.reference.fused_experts(
+            x, *matrices, weights, ids, activation=fusedmoe.Activation(name, **parameters),
+            gate_up_layout="interleaved" if activation == Activation.SWIGLUOAI else "concatenated",
+            w13_bias=config.w1_bias, w2_bias=config.w2_bias,
+        )  # fmt: skip
+        assert relative_error(output, want) < 2.0**-6
+
+
+def test_swigluoai_of_fp8_blocks(stand_in):
+    """Whose blocks run over rows of gate and up alike."""
+    config, w1, w2, (a, b) = layer_of("fp8_block")
     experts = plugin.experts_class(TritonExperts)(config)
     x = torch.randn(T, H, dtype=torch.bfloat16)
-    _, output, weights, ids, _ = call(experts, w1, w2, x, None, activation)
-    ours = fusedmoe.Activation(activation.value, limit=0.5 if activation == Activation.SILU else None)
+    rows, scale = quantised_rows(x, "fp8_block", config)
+    result, output, weights, ids, _ = call(experts, w1, w2, rows, scale, Activation.SWIGLUOAI)
+    assert result is None and not experts.called
+    a = fusedmoe.ExpertMatrix("fp8_block", a.data, a.scale, parts=1)
     want = fusedmoe.reference.fused_experts(
-        x, *matrices, weights, ids, activation=ours, w13_bias=config.w1_bias, w2_bias=config.w2_bias,
-        gate_up_layout="interleaved" if activation == Activation.SWIGLUOAI else "concatenated",
-    )  # fmt: skip
+        rows, a, b, weights, ids, hidden_states_scale=scale, activation="swigluoai", gate_up_layout="interleaved"
+    )
     assert relative_error(output, want) < 2.0**-6
+
+
+@pytest.mark.parametrize("mixture", ["a scale per row, then one", "a static scale, then none", "e8m0", "bytes of e8m0"])
+def test_mixtures_that_run_here(stand_in, mixture):
+    """The two matrices differ in what shares a scale; or scales are powers of two."""
+    form = {"a scale per row, then one": "fp8_channel", "a static scale, then none": "fp8_tensor, static"}
+    form = form.get(mixture, "fp8_block")
+    config, w1, w2, (a, b) = layer_of(form)
+    x = torch.randn(T, H, generator=torch.Generator().manual_seed(2), dtype=torch.bfloat16)
+    rows, scale = quantised_rows(x, form, config)
+    if form == "fp8_channel":
+        other, _, w2, (_, b) = layer_of("fp8_tensor, per token")
+        config.w2_scale = other.w2_scale
+    elif form == "fp8_block":
+        exponents = [(torch.frexp(w.scale)[1] + 126).to(torch.uint8) for w in (a, b)]
+        a, b = (
+            fusedmoe.ExpertMatrix(form, w.data, bits, parts=w.parts) for w, bits in zip((a, b), exponents, strict=True)
+        )
+        kind = torch.uint8 if mixture.startswith("bytes") else torch.float8_e8m0fnu
+        config.w1_scale, config.w2_scale = (bits.view(kind) for bits in exponents)
+    else:
+        config.a2_scale, b = None, fusedmoe.ExpertMatrix("fp8_tensor", b.data, b.scale, inputs="tensor")
+    experts = plugin.experts_class(TritonExperts)(config)
+    result, output, weights, ids, shapes = call(experts, w1, w2, rows, scale)
+    assert result is None and not experts.called and shapes[0] == (0,)
+    want = fusedmoe.reference.fused_experts(rows, a, b, weights, ids, hidden_states_scale=scale)
+    assert relative_error(output, want) < 2.0**-6
+    assert experts._fusedmoe_made[0].scale.data_ptr() == config.w1_scale.data_ptr()
 
 
 def test_expert_map_and_router_weight_on_the_input(stand_in):
@@ -461,7 +542,7 @@ def test_the_rest_runs_in_vllms_own_class_with_its_workspaces(stand_in, caplog):
     wide[1].w2_lora_a_stacked = (wide[1].w2_lora_a_stacked[0].float(),)
     lopsided[1].w13_lora_b_stacked = (lopsided[1].w13_lora_b_stacked[0], torch.zeros(3, E, I, 9).bfloat16()[..., :8])
     emulated.quantization_emulation = True
-    limited = made(dataclasses.replace(config, gemm1_clamp_limit=3.0))
+    limited, older = (made(dataclasses.replace(config, gemm1_clamp_limit=3.0)) for _ in range(2))
     with caplog.at_level(logging.INFO, "fusedmoe.vllm"):
         for experts, activation, reason in (
             (sharded[0], Activation.SILU, "adapters are sharded along their ranks"),
@@ -470,13 +551,120 @@ def test_the_rest_runs_in_vllms_own_class_with_its_workspaces(stand_in, caplog):
             (stale[0], Activation.SILU, "slots of tokens may be those of the batch before"),
             (emulated, Activation.SILU, "quantisation is emulated"),
             (other, Activation.SILU, "weights of nvfp4 with rows of None"),
-            (made(config), Activation.UNKNOWN, "activation swigluoai_uninterleave"),
-            (limited, Activation.GELU, "gelu with a limit"),
+            (made(config), Activation.UNKNOWN, "activation: got tanh"),
+            (made(config), Activation.SWIGLUOAI_UNINTERLEAVE, "activation: got swigluoai_uninterleave;"),
+            (made(config), Activation.SITU, "'situ' needs 'beta'"),
+            (limited, Activation.GELU, "gelu with limit 3.0"),
+            (older, Activation.SWIGLUOAI_UNINTERLEAVE, "swigluoai_uninterleave with limit 3.0"),
         ):
             result, _, _, _, shapes = call(experts, w1, w2, x, None, activation)
             assert result == "base" and experts.called == 1
             assert shapes == ((T, K, H), (T, K, 2 * I), (T, H))
             assert reason in caplog.text
+
+
+def weight_only(bits, group, zero=False):
+    """What vLLM has of codes of this many bits with scales of groups of columns; and weights."""
+    sizes = (E, 512, 512), (E, 512, 256)
+    w1, w2 = (torch.zeros(*size[:2], size[2] * bits // 8, dtype=torch.uint8) for size in sizes)
+    scales = [torch.ones(*size[:2], -(-size[2] // group)) for size in sizes]
+    config = Config(weight_quant_dtype="int4" if bits == 4 else torch.int8, w1_scale=scales[0], w2_scale=scales[1])
+    if zero:
+        config.w1_zp, config.w2_zp = (scale[:, :: 8 // bits].to(torch.uint8) for scale in scales)
+    return config, w1, w2
+
+
+def changed(form, **changes):
+    config, w1, w2, _ = layer_of(form)
+    return dataclasses.replace(config, **changes), w1, w2
+
+
+#: What a layer may have that does not run here: name -> (config and weights, a part of the reason).
+UNFIT = {
+    "int4 in groups of 16": (lambda: weight_only(4, 16), "scale of scheme 'int4_w4a16'"),
+    "int8 in groups of 16": (lambda: weight_only(8, 16, zero=True), "scale of scheme 'int8_w8a16'"),
+    "int4 in groups of 256": (lambda: weight_only(4, 256, zero=True), "scale of scheme 'int4_w4a16'"),
+    "int8 in groups of 256": (lambda: weight_only(8, 256), "scale of scheme 'int8_w8a16'"),
+    "blocks of a row": (lambda: changed("fp8_block", block_shape=[1, 128]), "block of scheme 'fp8_block'"),
+    "scales of no form": (lambda: changed("fp8_block", w2_scale=torch.ones(E, 3, 1)), "scale of scheme 'fp8_block'"),
+    "scales of no type": (
+        lambda: changed("fp8_channel", w1_scale=torch.ones(E, 2 * I, dtype=torch.int32)),
+        "scale of scheme 'fp8_channel': got torch.int32",
+    ),
+    "no scales": (lambda: changed("fp8_channel", w1_scale=None), "scale of an expert matrix: got NoneType"),
+    "a static scale per expert": (
+        lambda: changed("fp8_tensor, static", a2_scale=torch.ones(E)),
+        "input_scale of scheme 'fp8_tensor'",
+    ),
+    "weights of no type": (lambda: changed("fp8_channel", weight_quant_dtype="int4"), "data of scheme 'fp8_channel'"),
+    "biases of no form": (lambda: changed("none", w1_bias=torch.ones(E, I)), "w13_bias"),
+    "too large a limit": (lambda: changed("none", gemm1_clamp_limit=float("inf")), "limit of activation 'silu'"),
+}
+
+
+@pytest.mark.parametrize("name", UNFIT)
+def test_what_does_not_fit_here_is_known_before_a_call(stand_in, caplog, name):
+    plugin._say.cache_clear()
+    (config, w1, w2), reason = UNFIT[name][0](), UNFIT[name][1]
+    experts = plugin.experts_class(TritonWNA16Experts if "groups" in name else TritonExperts)(config)
+    hidden = w2.shape[1]
+    with caplog.at_level(logging.INFO, "fusedmoe.vllm"):
+        for turn in (1, 2):
+            result, _, _, _, shapes = call(experts, w1, w2, torch.randn(T, hidden, dtype=torch.bfloat16), None)
+            assert result == "base" and experts.called == turn
+            assert shapes == ((T, K, max(w1.shape[1] // 2, hidden)), (T, K, max(w1.shape[1], hidden)), (T, hidden))
+    assert caplog.text.count("a layer runs in vLLM's own") == 1 and reason in caplog.text
+
+
+@pytest.mark.parametrize("setting", ["VLLM_BATCH_INVARIANT", "FUSEDMOE_BATCH_INVARIANT"])
+@pytest.mark.parametrize("form", ["fp8_tensor, dynamic", "fp8_tensor, static"])
+def test_rows_that_share_a_dynamic_scale_are_not_batch_invariant_here(stand_in, monkeypatch, form, setting):
+    """Nor are adapters; and rows that vLLM's class takes come quantised."""
+    if setting.startswith("VLLM"):
+        sys.modules["vllm.envs"].VLLM_BATCH_INVARIANT = True
+    else:
+        for place in (plugin, fusedmoe.checks):
+            monkeypatch.setattr(place, "settings", lambda: Settings(vllm=True, batch_invariant=True))
+    config, w1, w2, _ = layer_of(form)
+    rows, scale = quantised_rows(torch.randn(T, H, dtype=torch.bfloat16), form, config)
+    experts = plugin.experts_class(TritonExperts)(config)
+    result, _, _, _, shapes = call(experts, w1, w2, rows, scale)
+    assert (result == "base") == (shapes[0] != (0,)) == (form == "fp8_tensor, dynamic")
+    experts._lora_context = adapters_of()[0]
+    assert not experts.expects_unquantized_inputs
+    result, _, _, _, shapes = call(experts, w1, w2, rows, scale)
+    assert result == "base" and shapes[0] != (0,)
+
+
+def test_rows_come_quantised_to_a_layer_with_adapters_that_does_not_fit(stand_in):
+    """Asked before the layer's weights were seen."""
+    config, w1, w2 = UNFIT["scales of no form"][0]()
+    experts = plugin.experts_class(TritonExperts)(config)
+    experts._lora_context = adapters_of()[0]
+    assert not experts.expects_unquantized_inputs
+    rows, scale = quantised_rows(torch.randn(T, H, dtype=torch.bfloat16), "fp8_block", config)
+    assert call(experts, w1, w2, rows, scale)[0] == "base"
+
+
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("form", FORMS)
+def test_what_is_tried_is_what_runs(stand_in, monkeypatch, form, gated):
+    """Matrices that hold nothing have the format and the shape of those of the call; they are tried once."""
+    config, w1, w2, _ = layer_of(form, gated)
+    activation = Activation.SILU if gated else Activation.RELU2_NO_MUL
+    tried, asked = [], []
+    own, why_not = plugin.matrices, plugin.why_not
+    monkeypatch.setattr(plugin, "matrices", lambda *args: tried.append(own(*args)) or tried[-1])
+    monkeypatch.setattr(plugin, "why_not", lambda *args: asked.append(args) or why_not(*args))
+    experts = plugin.experts_class(TritonExperts)(config)
+    rows, scale = quantised_rows(torch.randn(T, H, dtype=torch.bfloat16), form, config)
+    for _ in range(2):
+        assert call(experts, w1, w2, rows, scale, activation)[0] is None
+    assert len(asked) == 1 and len(tried) == 2
+    for blank, made in zip(*tried, strict=True):
+        assert blank.shape == made.shape
+        assert form == "none" or (dataclasses.replace(blank.format, element=made.format.element) == made.format)
+        assert form in ("none", "int8_w8a16") or blank.format == made.format  # of bytes or signed: alike in all else
 
 
 # --- vLLM itself ------------------------------------------------------------------------------------------------------
@@ -497,7 +685,8 @@ def test_signatures_of_the_installed_vllm(monkeypatch):
             list(inspect.signature(base.apply).parameters)[1:]
             == list(inspect.signature(TritonExperts.apply).parameters)[1:]
         )
-        assert list(inspect.signature(base.workspace_shapes).parameters)[1:4] == ["M", "N", "K"]
+        asked = (list(inspect.signature(kind.workspace_shapes).parameters) for kind in (base, TritonExperts))
+        assert next(asked) == next(asked)
         ours = plugin.experts_class(base)
         assert not ours.__abstractmethods__
 
@@ -515,6 +704,18 @@ def test_configurations_of_the_installed_vllm(form):
         a1_scale=config.a1_scale, a2_scale=config.a2_scale, w1_zp=config.w1_zp, w2_zp=config.w2_zp,
     )  # fmt: skip
     assert plugin.kind_of(theirs) == plugin.kind_of(config) != None  # noqa: E711
+
+
+@installed
+def test_parameters_of_activations_of_the_installed_vllm():
+    module = importlib.import_module("vllm.model_executor.layers.fused_moe.activation")
+    theirs = getattr(module, "ApplyMoEActivationConfig", None)
+    known = {activation.value for activation in module.MoEActivation}
+    if theirs is None:  # 0.22.1
+        assert not known & {"swigluoai_uninterleave", "situ"}
+    else:
+        assert known >= {"swigluoai_uninterleave", "situ"}
+        assert dataclasses.asdict(theirs()) == dataclasses.asdict(ActivationConfig())
 
 
 @pytest.fixture

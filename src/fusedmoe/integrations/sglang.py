@@ -5,7 +5,8 @@ A plugin of SGLang (entry point ``sglang.srt.plugins``), which does nothing unle
     FUSEDMOE_SGLANG=1 python -m sglang.launch_server --model Qwen/Qwen3-30B-A3B --moe-runner-backend triton
 
 SGLang keeps one function for "tokens that stay where they are, Triton's runner"; it is wrapped. What this library
-cannot take goes to the function that was there, and the reason is logged once.
+cannot take goes to the function that was there, and the reason is logged once. What it can take is found out at the
+first call of a layer: its arguments are checked without their tokens.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from typing import Any
 
 import torch
 
+from fusedmoe.checks import check
+from fusedmoe.errors import FusedMoEError
 from fusedmoe.functional import fused_experts
 from fusedmoe.integrations.vllm import kind_of, matrices
 from fusedmoe.settings import settings
@@ -60,12 +63,11 @@ def wrapped(theirs: Any) -> Any:
 
     @functools.wraps(theirs)
     def experts(dispatch_output: Any, quant_info: Any, runner_config: Any) -> Any:
-        config = config_of(quant_info)
-        if reason := why_not(config, quant_info, runner_config):
-            _say(reason)
+        layer = _made(dispatch_output, quant_info, runner_config)
+        if isinstance(layer, str):
+            _say(layer)
             return theirs(dispatch_output, quant_info, runner_config)
-        activation, layout = activation_of(runner_config)
-        w13, w2 = _made(config, quant_info, gated=activation.gated)
+        w13, w2, options = layer
         chosen = dispatch_output.topk_output  # one of several tuples, which all have these
         out = fused_experts(
             dispatch_output.hidden_states,
@@ -73,11 +75,9 @@ def wrapped(theirs: Any) -> Any:
             w2,
             chosen.topk_weights,
             chosen.topk_ids,
-            activation=activation,
-            gate_up_layout=layout,
             w13_bias=quant_info.b13,
             w2_bias=quant_info.b2,
-            apply_router_weight_on_input=runner_config.apply_router_weight_on_input,
+            **options,
         )
         if runner_config.routed_scaling_factor is not None:
             out.mul_(runner_config.routed_scaling_factor)
@@ -111,23 +111,39 @@ def config_of(info: Any) -> SimpleNamespace:
     )
 
 
-def why_not(config: Any, info: Any, runner: Any) -> str | None:
-    """Why SGLang's own function runs this; None where it runs here."""
+def layer_of(dispatch_output: Any, info: Any, runner: Any) -> tuple[Any, Any, dict[str, Any]] | str:
+    """Both matrices and the options of :func:`fusedmoe.fused_experts`; or why SGLang's own function runs the layer."""
+    config = config_of(info)
     if info.use_mxfp8 or kind_of(config) is None:
         return "its quantisation is unknown here"
     if info.fuse_swiglu_interleaved:
         return "rows of w13 were permuted for SGLang's own kernel"
     if runner.no_combine:
         return "rows are asked for that are not summed"
-    if activation_of(runner) is None:
-        return f"activation {runner.activation} is unknown here"
-    return None
+    try:
+        found = activation_of(runner)
+        if found is None:
+            return f"activation {runner.activation} is unknown here"
+        options = dict(zip(("activation", "gate_up_layout"), found, strict=True))
+        options["apply_router_weight_on_input"] = runner.apply_router_weight_on_input
+        w13, w2 = matrices(config, info.w13_weight, info.w2_weight, options)
+        x, chosen = dispatch_output.hidden_states, dispatch_output.topk_output
+        weights, ids = chosen.topk_weights[:0], chosen.topk_ids[:0]
+        check(x[:0], w13, w2, weights, ids, w13_bias=info.b13, w2_bias=info.b2, **options)
+    except FusedMoEError as cause:
+        return str(cause).rstrip(".")
+    return w13, w2, options
 
 
 def activation_of(runner: Any) -> Any:
-    """Activation and layout of gate and up of a ``MoeRunnerConfig``; None: unknown."""
+    """Activation and layout of gate and up of a ``MoeRunnerConfig``; None: unknown.
+
+    Raises:
+        FusedMoEError: the activation cannot have its parameters.
+    """
     name, alpha, limit = runner.activation, runner.gemm1_alpha, runner.gemm1_clamp_limit
-    plain = alpha is None and limit is None and runner.swiglu_limit is None
+    before = runner.swiglu_limit if runner.swiglu_limit is not None and runner.swiglu_limit > 0 else None
+    plain = alpha is None and limit is None and before is None
     if not runner.is_gated:
         return (Activation(f"{name}_no_mul"), "concatenated") if plain and name in ("silu", "gelu", "relu2") else None
     if name == "silu" and alpha is not None and limit is not None:
@@ -136,21 +152,22 @@ def activation_of(runner: Any) -> Any:
     if name == "silu" and alpha is None:
         if limit is not None:  # clamped after the sigmoid; the other limit is before it
             return Activation("swiglustep", limit=limit), "concatenated"
-        return Activation("silu", limit=runner.swiglu_limit), "concatenated"
+        return Activation("silu", limit=before), "concatenated"
     if name == "situ":
         return Activation("situ", beta=4.0 if alpha is None else alpha, linear_beta=limit), "concatenated"
     return (Activation(name), "concatenated") if plain and name in ("gelu", "gelu_tanh") else None
 
 
-def _made(config: Any, info: Any, *, gated: bool) -> tuple[Any, Any]:
-    """Both matrices, kept with the weight while all tensors are the same."""
+def _made(dispatch_output: Any, info: Any, runner: Any) -> tuple[Any, Any, dict[str, Any]] | str:
+    """What :func:`layer_of` says, kept with the weight while all that it looked at is the same."""
     tensors = (info.w13_weight, info.w2_weight, info.w13_scale, info.w2_scale, info.w13_zp, info.w2_zp)
-    key = tuple(None if t is None else (t.data_ptr(), t.shape, t.stride(), t.dtype) for t in tensors)
+    facts = (None if t is None else (t.data_ptr(), t.shape, t.stride(), t.dtype) for t in tensors)
+    key = (dispatch_output.hidden_states.dtype, settings(), *facts)
     found = getattr(info.w13_weight, "_fusedmoe_made", None)
-    if found is None or found[0] != key:
-        found = key, matrices(config, info.w13_weight, info.w2_weight, gated=gated)
+    if found is None or found[0] != key or found[1] is not runner:
+        found = key, runner, layer_of(dispatch_output, info, runner)
         info.w13_weight._fusedmoe_made = found
-    made: tuple[Any, Any] = found[1]
+    made: tuple[Any, Any, dict[str, Any]] | str = found[2]
     return made
 
 

@@ -239,11 +239,11 @@ def experts_class(base: Any) -> Any:
             Tried once: what vLLM asks before a call and what the call does are the same answer.
             """
             key = activation, shape, _batch_invariant(), settings()
-            known = vars(self).setdefault("_fusedmoe_known", {})
-            if key not in known:
+            if getattr(self, "_fusedmoe_asked", None) != key:
                 reason = why_not(self, activation, shape)
-                known[key] = reason, {} if reason else options_of(self, activation)
-            reason, options = known[key]
+                self._fusedmoe_answer = reason, {} if reason else options_of(self, activation)
+                self._fusedmoe_asked = key
+            reason, options = self._fusedmoe_answer
             context = getattr(self, "_lora_context", None)
             return reason or why_no_adapters(context, self.moe_config.in_dtype), options
 
@@ -253,7 +253,7 @@ def experts_class(base: Any) -> Any:
             parts = (w1, w2, config.w1_scale, config.w2_scale, config.w1_zp, config.w2_zp)
             key = tuple(None if t is None else (t.data_ptr(), t.shape, t.stride(), t.dtype) for t in parts)
             if getattr(self, "_fusedmoe_key", None) != key:
-                self._fusedmoe_made = matrices(config, w1, w2, **_halves(options))
+                self._fusedmoe_made = matrices(config, w1, w2, options)
                 self._fusedmoe_key = key
             return self._fusedmoe_made
 
@@ -298,7 +298,7 @@ def why_not(experts: Any, activation: Any, shape: tuple[int, int, int]) -> str |
         ids = torch.empty((0, 1), dtype=torch.int32, device=w1.device)
         check(
             torch.empty((0, shape[2]), dtype=experts.moe_config.in_dtype, device=w1.device),
-            *matrices(config, w1, w2, **_halves(options)),
+            *matrices(config, w1, w2, options),
             ids.float(),
             ids,
             w13_bias=config.w1_bias,
@@ -382,7 +382,7 @@ def kind_of(config: Any, matrix: int = 1) -> tuple[str, dict[str, Any]] | None:
     if config.quant_dtype is None and config.weight_quant_dtype is None:
         return "none", {}
     if config.use_fp8_w8a8 or config.use_int8_w8a8:
-        scale, input_scale = (config.w1_scale, config.a1_scale) if matrix == 1 else (config.w2_scale, config.a2_scale)
+        scale, input_scale = getattr(config, f"w{matrix}_scale"), getattr(config, f"a{matrix}_scale")
         code = "fp8" if config.use_fp8_w8a8 else "int8_w8a8"
         if block is not None:
             return (f"{code}_block" if code == "fp8" else code), {"block": tuple(block), "inputs": "group"}
@@ -398,41 +398,33 @@ def kind_of(config: Any, matrix: int = 1) -> tuple[str, dict[str, Any]] | None:
     return None
 
 
-def matrices(config: Any, w1: Tensor, w2: Tensor, *, halves: bool) -> tuple[Any, Any]:
-    """w13 and w2 as this library takes them, from the tensors of a vLLM layer; nothing is copied, for vLLM may write
-    other numbers into its tensors. ``halves``: w1 is gate rows and then up rows, each with blocks of its own.
+def matrices(config: Any, w1: Tensor, w2: Tensor, options: dict[str, Any]) -> tuple[Any, Any]:
+    """w13 and w2 as this library takes them, from the tensors of a vLLM layer with these options; nothing is copied,
+    for vLLM may write other numbers into its tensors.
 
     Raises:
-        FusedMoEError: the quantisation is unknown; or scales or zero points do not fit the weights.
+        FusedMoEError: scales or zero points do not fit the weights.
     """
+    halves = options["activation"].gated and options["gate_up_layout"] == "concatenated"
 
-    def matrix(
-        number: int, w: Tensor, scale: Tensor, zero: Tensor | None, input_scale: Tensor | None, parts: int
-    ) -> Tensor | ExpertMatrix:
+    def matrix(number: int, w: Tensor) -> Tensor | ExpertMatrix:
         found = kind_of(config, number)
         if found is None:
-            raise OptionError(
-                explain(
-                    "quantisation",
-                    got=f"weights of {config.weight_quant_dtype} with rows of {config.quant_dtype}",
-                    wanted="one that is known here",
-                    do="See why_not.",
-                )
-            )
+            raise FusedMoEError("a quantisation that why_not refuses")
         scheme, choices = found
         if scheme == "none":
             return w
+        scale, zero, input_scale = (
+            getattr(config, name.format(number)) for name in ("w{}_scale", "w{}_zp", "a{}_scale")
+        )
+        if scale is not None and scale.dtype == torch.float8_e8m0fnu:
+            scale = scale.view(torch.uint8)
         if choices.get("inputs") != "static":
             input_scale = None
-        if isinstance(scale, Tensor) and scale.dtype == torch.float8_e8m0fnu:
-            scale = scale.view(torch.uint8)
-        parts = parts if "block" in choices else 1
+        parts = 2 if number == 1 and halves and "block" in choices else 1
         return ExpertMatrix(scheme, w, scale, zero=zero, input_scale=input_scale, parts=parts, **choices)
 
-    return (
-        matrix(1, w1, config.w1_scale, config.w1_zp, config.a1_scale, 2 if halves else 1),
-        matrix(2, w2, config.w2_scale, config.w2_zp, config.a2_scale, 1),
-    )
+    return matrix(1, w1), matrix(2, w2)
 
 
 def options_of(experts: Any, activation: Any) -> dict[str, Any]:
@@ -466,8 +458,8 @@ def activation_of(experts: Any, activation: Any) -> Activation:
         raise OptionError(
             explain(
                 "activation",
-                got=f"{name} with limit {limit}",
-                wanted=f"silu with or without one, {_UNINTERLEAVED} with one, or without {', '.join(TABLE)}",
+                got=name if limit is None else f"{name} with limit {limit}",
+                wanted=f"silu, {_UNINTERLEAVED} with a limit, or one of fusedmoe.Activation without",
                 do="vLLM's own class has it.",
             )
         )
@@ -476,10 +468,6 @@ def activation_of(experts: Any, activation: Any) -> Activation:
         linear = linear if linear is not None and linear > 0 else None  # else up as it is
         return Activation("situ", beta=config.activation_situ_beta, linear_beta=linear)
     return Activation(name)
-
-
-def _halves(options: dict[str, Any]) -> dict[str, bool]:
-    return {"halves": options["activation"].gated and options["gate_up_layout"] == "concatenated"}
 
 
 def _batch_invariant() -> bool | None:
