@@ -43,6 +43,9 @@ def _tensor(
                 name, got=type(value).__name__, wanted=f"a torch.Tensor {shape}", do="Convert it with torch.as_tensor."
             )
         )
+    if type(value) is not torch.Tensor and hasattr(value, "to_local"):
+        do = f"Pass {name}.to_local(), or gather it with {name}.full_tensor()."
+        raise LayoutError(explain(name, got="a DTensor, spread over ranks", wanted="this rank's tensor", do=do))
     if value.layout != torch.strided or value.is_nested:
         got = "a nested tensor" if value.is_nested else value.layout
         raise LayoutError(explain(name, got=got, wanted="a dense tensor", do=f"Call {name}.to_dense()."))

@@ -14,6 +14,7 @@ from fusedmoe.schemes import SCHEMES, format_of, granularity_of
 from fusedmoe.spec.format import ELEMENTS, SCALES, Format
 
 _TENSORS = ("data", "scale", "zero", "tensor_scale", "input_scale")
+_BYTES = [getattr(torch, name) for name in ("float8_e8m0fnu", "float4_e2m1fn_x2") if hasattr(torch, name)]
 
 
 def _of(table: dict[str, str], dtype: torch.dtype, allowed: tuple[str, ...]) -> str | None:
@@ -69,7 +70,8 @@ class ExpertMatrix:
 
         Args:
             scheme: a name (``fusedmoe.SCHEMES``), or a Format, which then says all that follows.
-            data, scale, zero, tensor_scale, input_scale, parts: see the class. ``scale`` may leave out dimensions of
+            data, scale, zero, tensor_scale, input_scale, parts: see the class. Types of torch's own for what is uint8
+                there (float4_e2m1fn_x2, float8_e8m0fnu) are viewed as that. ``scale`` may leave out dimensions of
                 size 1 at its end; ``parts`` None takes 1 where that fits, else 2.
             block, group, inputs: choices of the scheme, see :func:`fusedmoe.schemes.format_of`. None: what the
                 tensors say (the number of columns of ``scale``, whether there is an ``input_scale``), or the default.
@@ -80,6 +82,8 @@ class ExpertMatrix:
         """
         _tensor("data", data, "[E, N, K]")
         _tensor("scale", scale, "[E, rows, columns]")
+        # Torch has types of its own for some codes and exponents, but no arithmetic: here they are bytes.
+        data, scale = (t.view(torch.uint8) if t.dtype in _BYTES else t for t in (data, scale))
         if data.dim() != 3 or 0 in data.shape:
             raise ShapeError(
                 explain("data of an expert matrix", got=tuple(data.shape), wanted="[E, N, K]", do="Stack the experts.")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fusedmoe.errors import DeviceError, DTypeError, OptionError, ShapeError, explain
+from fusedmoe.spec.activation import FLOAT32_MAX
 
 MAX_RANK = 256
 MAX_SLOTS = 1024
@@ -306,8 +307,8 @@ class LoRA:
         """Put an adapter into a slot, in place of what it holds; cast to the type of the slots.
 
         Raises:
-            OptionError: there is no such slot; gate and up have tensors of their own; or the adapter has numbers that
-                are not finite, in the type of the slots, and the slots promise that.
+            OptionError: there is no such slot; gate and up have tensors of their own; the scaling is no finite
+                number; or it has numbers that are not finite, in the type of the slots, and the slots promise that.
             ShapeError: the adapter does not fit the slots, or its rank is above R.
         """
         self._check_slot(slot)
@@ -342,7 +343,12 @@ class LoRA:
                         do="Adapters in slots must be of one layer.",
                     )
                 )
-        values: dict[str, Tensor] = {name: getattr(adapter, name).to(self.w13_a.dtype) for name in views}
+        scaling = adapter.scaling
+        if isinstance(scaling, bool) or not isinstance(scaling, (int, float)) or not abs(scaling) <= FLOAT32_MAX:
+            do = "It is alpha / r in most checkpoints."
+            raise OptionError(explain("scaling of the adapter", got=repr(scaling), wanted="a finite number", do=do))
+        # Detached: what was trained would make the slots of all a part of its graph.
+        values: dict[str, Tensor] = {name: getattr(adapter, name).detach().to(self.w13_a.dtype) for name in views}
         if self.finite and not all(value.isfinite().all() for value in values.values()):
             got, do = "an infinity or NaN", "Look at how it was trained, or make slots of a type with a larger range."
             raise OptionError(explain(f"adapter in {self.w13_a.dtype}", got=got, wanted="finite numbers", do=do))

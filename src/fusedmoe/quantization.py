@@ -79,11 +79,13 @@ def quantize(
         )
     if type(parts) is not int or parts not in (1, 2) or weight.shape[1] % parts:
         raise ShapeError(explain("parts", got=parts, wanted="1, or 2 for an even N", do="See ExpertMatrix."))
-    pieces = [_quantise(w, scheme, parts) for w in weight]
-    data, scale, zero_points, tensor_scale = (
-        None if pieces[0][i] is None else torch.stack([piece[i] for piece in pieces])  # type: ignore[misc]
-        for i in range(4)
-    )
+    # A parameter's scales would hold all that they were computed from; autocast stacks no codes.
+    with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+        pieces = [_quantise(w, scheme, parts) for w in weight.detach()]
+        data, scale, zero_points, tensor_scale = (
+            None if pieces[0][i] is None else torch.stack([piece[i] for piece in pieces])  # type: ignore[misc]
+            for i in range(4)
+        )
     assert data is not None and scale is not None
     if input_scale is not None:
         if isinstance(input_scale, Tensor):
@@ -91,10 +93,11 @@ def quantize(
             one = there and input_scale.numel() == 1 and input_scale.dtype in _FLOATS
         else:
             one = isinstance(input_scale, (int, float)) and abs(input_scale) <= FLOAT32_MAX
-        if not one:
-            wanted, do = "a number, or a floating-point tensor of one", "It is the static scale of the rows."
+        number = float(input_scale) if one else 0.0
+        if not torch.finfo(torch.float32).tiny <= number <= FLOAT32_MAX:
+            wanted, do = "a positive number, or a floating-point tensor of one", "It is the static scale of the rows."
             raise OptionError(explain("input_scale", got=repr(input_scale), wanted=wanted, do=do))
-        input_scale = torch.as_tensor(input_scale, dtype=torch.float32, device=weight.device).reshape(1)
+        input_scale = torch.full((1,), number, device=weight.device)
     return ExpertMatrix(
         scheme, data, scale, zero=zero_points, tensor_scale=tensor_scale, input_scale=input_scale, parts=parts
     )

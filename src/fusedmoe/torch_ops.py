@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fusedmoe import experts
 from fusedmoe.checks import check, check_linear
+from fusedmoe.errors import GradientError, explain
 from fusedmoe.expert_matrix import ExpertMatrix
 from fusedmoe.lora import LoRA
 from fusedmoe.plan.planner import choose
@@ -155,3 +156,19 @@ _LIBRARY.impl("fused_experts", _fused_experts, "CompositeExplicitAutograd")
 torch.library.register_fake("fusedmoe::fused_experts", _fake, lib=_LIBRARY)
 _LIBRARY.impl("expert_linear", _expert_linear, "CompositeExplicitAutograd")
 torch.library.register_fake("fusedmoe::expert_linear", _fake_linear, lib=_LIBRARY)
+
+
+def _no_gradient(ctx: Any, *gradients: Tensor) -> None:
+    """What a call that is not compiled says before it starts: without it a compiled one would detach silently."""
+    raise GradientError(
+        explain(
+            "gradient of a compiled layer",
+            got="a backward pass",
+            wanted="inference: this layer computes no gradients",
+            do="Call it under torch.no_grad() or torch.inference_mode().",
+        )
+    )
+
+
+torch.library.register_autograd("fusedmoe::fused_experts", _no_gradient, lib=_LIBRARY)
+torch.library.register_autograd("fusedmoe::expert_linear", _no_gradient, lib=_LIBRARY)

@@ -274,8 +274,10 @@ def test_float32_is_float32_whatever_the_global_says():
     assert error(got, exact(call)) < 2e-6
 
 
-def test_autocast_changes_nothing():
+@pytest.mark.parametrize("batch_invariant", [False, True])
+def test_autocast_changes_nothing(batch_invariant):
     call = make()
+    call = call._replace(problem=dataclasses.replace(call.problem, batch_invariant=batch_invariant))
     wanted = run(call)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         got = run(call)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+import fusedmoe
 from fusedmoe.errors import DeviceError, DTypeError, LayoutError, OptionError, ShapeError
 from fusedmoe.expert_matrix import ExpertMatrix
 from fusedmoe.schemes import SCHEMES, format_of, formats_of, granularity_of
@@ -303,3 +304,15 @@ def test_wrong_names_and_parts():
     tensors = draw(format_of("int8_w8a16"))
     with pytest.raises(DTypeError, match="data .*got torch.int8; wanted torch.uint8"):
         ExpertMatrix("int8_w8a16", **tensors, zero=torch.zeros(E, N, 1, dtype=torch.uint8))
+
+
+def test_types_of_torchs_own_for_bytes():
+    w = torch.randn(2, 64, 128, generator=torch.Generator().manual_seed(0))
+    a, b = fusedmoe.quantize(w, "mxfp4"), fusedmoe.quantize(w, "fp8_block", scale_dtype="e8m0")
+    for matrix in (a, b):
+        scale = matrix.scale.view(torch.float8_e8m0fnu)
+        data = matrix.data.view(torch.float4_e2m1fn_x2) if matrix is a else matrix.data
+        same = ExpertMatrix(matrix.format.scheme, data, scale)
+        assert same.format == matrix.format and same.scale.dtype == torch.uint8
+        assert same.scale.data_ptr() == matrix.scale.data_ptr()
+        assert torch.equal(same.dequantize(), matrix.dequantize())

@@ -242,6 +242,20 @@ def test_gradients_are_refused_not_dropped():
             assert not fusedmoe.fused_experts(**a).requires_grad
 
 
+def test_tensors_that_are_spread_over_ranks_are_refused():
+    """A DTensor's address is 0."""
+    from torch.distributed.tensor import DTensor
+
+    class Spread(torch.Tensor):
+        to_local = DTensor.to_local
+
+    for name in ("hidden_states", "w13", "topk_ids"):
+        a = arguments()
+        a[name] = a[name].as_subclass(Spread)
+        with pytest.raises(LayoutError, match=f"{name}: got a DTensor, .*Pass {name}.to_local"):
+            fusedmoe.fused_experts(**a)
+
+
 def test_a_backend_that_cannot_says_why():
     with pytest.raises(UnsupportedError, match="Triton has no CPU target.*backend='torch'"):
         fusedmoe.fused_experts(**arguments(), backend="triton")
@@ -316,6 +330,25 @@ def test_a_thousand_numbers_of_tokens_compile_at_most_thrice():
             compiled(x[:tokens], weights[:tokens], ids[:tokens])
         assert torch.equal(compiled(x[:777], weights[:777], ids[:777]), layer(x[:777], weights[:777], ids[:777]))
     assert frames.frame_count <= 3
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_gradient_is_refused_when_compiled_too(alone):
+    """It would be left out of the sum, with a warning of torch's at most."""
+    a = arguments()
+
+    def layer(x):
+        if alone:
+            return x.sum() + fusedmoe.expert_linear(x, a["w13"], a["topk_ids"]).sum()
+        return x.sum() + fusedmoe.fused_experts(**(a | {"hidden_states": x})).sum()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, backend="aot_eager")
+    x = a["hidden_states"].clone().requires_grad_()
+    with pytest.raises(Exception, match="gradient of a compiled layer: got a backward pass; wanted inference"):
+        compiled(x).backward()
+    with torch.no_grad():
+        assert torch.equal(compiled(x), layer(x))
 
 
 def test_a_mistake_is_explained_when_compiled_too():

@@ -321,6 +321,35 @@ def test_adapters_do_not_meet_codes():
         fusedmoe.fused_experts(*arguments, **options)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_autocast_changes_nothing(dtype):
+    arguments, options = Case.of((40, 2, 4, 64, 48), dtype=dtype, ranks=(8,), apart=True).draw()
+    want = fusedmoe.fused_experts(*arguments, backend="torch", **options)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = fusedmoe.fused_experts(*arguments, backend="torch", **options)
+    assert torch.equal(got, want)
+
+
+def test_parameters_in_a_slot_are_numbers():
+    """What was trained does not make the slots of others a part of its graph."""
+    lora = LoRA.of([an_adapter(8), an_adapter(8)])
+    adapter = an_adapter(4)
+    trained = {name: torch.nn.Parameter(getattr(adapter, name)) for name in ("w13_a", "w13_b", "w2_a", "w2_b")}
+    lora.add(1, Adapter(**trained))
+    assert not any(tensor.requires_grad for tensor in lora.tensors())
+    assert torch.equal(lora.w2_b[1, ..., :4], trained["w2_b"])
+
+
+@pytest.mark.parametrize("scaling", [float("nan"), float("inf"), "1", None, True])
+def test_a_scaling_is_a_finite_number(scaling):
+    lora, adapter = LoRA.of([an_adapter(8)]), an_adapter(4)
+    before = lora.w13_a.clone()
+    object.__setattr__(adapter, "scaling", scaling)
+    with pytest.raises(fusedmoe.OptionError, match="scaling of the adapter: got .* wanted a finite number"):
+        lora.add(0, adapter)
+    assert torch.equal(lora.w13_a, before)
+
+
 def test_adapters_have_no_gradient():
     arguments, options = Case.of((40, 2, 4, 64, 48), dtype="float32", ranks=(8,)).draw()
     options["lora"].w2_b = options["lora"].w2_b.clone().requires_grad_()

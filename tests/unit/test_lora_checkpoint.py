@@ -217,6 +217,8 @@ def good(**changes):
         ({"lora_magnitude_vector": torch.ones(3)}, {}, "tensor of the adapter: got .*lora_magnitude_vector"),
         ({"lora_A__weight": torch.ones(E * 3, H + 1)}, {}, "tensors .*lora_A.weight and lora_B: got shapes"),
         ({"lora_A__weight": torch.ones(E * 3 + 1, H)}, {}, "lora_B: got shapes"),
+        ({}, {"r": 6}, "rank of .*lora_A.weight: got 3; wanted 6, as adapter_config.json says"),
+        ({}, {"rank_pattern": {"experts.gate_up_proj": 12}}, "rank of .*lora_A.weight: got 3; wanted 12"),
         ({"lora_A__weight": torch.ones(3, H, 1)}, {}, "wanted a matrix of floats"),
         ({"lora_A__weight": torch.ones(E * 3, H).int()}, {}, "wanted a matrix of floats"),
         ({"0__up_proj__lora_A__weight": torch.ones(3, H)}, {}, "factors of the adapter: got one without the other"),
@@ -254,8 +256,16 @@ def test_broken_directories(tmp_path):
         read_adapter(tmp_path, 0, **SIZES)
 
 
+def test_a_rank_by_patterns_that_are_no_names_is_that_of_the_tensors(tmp_path):
+    write(tmp_path, good(), r=6, rank_pattern={r".*experts.*": 3})
+    assert read_adapter(tmp_path, 0, **SIZES).rank == 3
+
+
 def test_wrong_sizes(tmp_path):
     write(tmp_path, good())
+    for experts in (2, 6, 12):
+        with pytest.raises(CheckpointError, match="rank of .*wanted 3, as adapter_config.json says"):
+            read_adapter(tmp_path, 0, **(SIZES | {"num_experts": experts}))
     for change, error in (({"num_experts": 0}, ShapeError), ({"hidden_size": "32"}, DTypeError)):
         with pytest.raises(error):
             read_adapter(tmp_path, 0, **(SIZES | change))

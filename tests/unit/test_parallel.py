@@ -268,6 +268,8 @@ def test_a_slice_outside(cut):
 
 def test_a_slice_of_quantised_experts_is_for_readers():
     case = Case(tokens=3, top_k=1, experts=2, hidden=64, intermediate=64, formats=(format_of("fp8_channel"),) * 2)
+    with pytest.raises(DTypeError, match=r"layer to slice: got FusedExperts; .*Call modular.Experts.of\(layer\)"):
+        intermediate_slice(fusedmoe.FusedExperts(4, 64, 64), 0, 32)
     with pytest.raises(ShapeError, match="intermediate_slice: got quantised experts.*from_checkpoint"):
         intermediate_slice(drawn(case)[1], 0, 32)
 

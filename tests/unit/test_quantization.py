@@ -175,6 +175,23 @@ def test_choices_reach_the_format():
     assert quantize(w, "fp8_tensor", parts=2).scale.shape == (E, 2, 1)
 
 
+@pytest.mark.parametrize("scheme", ["fp8_block", "fp8_channel", "int4_w4a16", "nvfp4", "mxfp4"])
+def test_of_a_parameter_and_under_autocast(scheme):
+    w = torch.nn.Parameter(torch.randn(2, 64, 128, generator=torch.Generator().manual_seed(0)))
+    want = quantize(w.detach(), scheme)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = quantize(w, scheme)
+    for name, tensor in got.tensors().items():
+        assert tensor is None or not tensor.requires_grad and tensor.grad_fn is None
+        assert tensor is None or torch.equal(tensor.view(torch.uint8), want.tensors()[name].view(torch.uint8))
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, 1e-45, torch.inf, torch.nan, torch.tensor(0.0), torch.ones(2)])
+def test_a_static_scale_is_a_positive_number(scale):
+    with pytest.raises(OptionError, match="input_scale: got .*; wanted a positive number"):
+        quantize(torch.ones(1, 4, 32), "fp8_tensor", input_scale=scale)
+
+
 @pytest.mark.parametrize(
     ("weight", "scheme", "options", "error", "message"),
     [

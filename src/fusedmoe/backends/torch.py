@@ -191,10 +191,11 @@ def _deltas(call: Call, schedule: _Schedule, x: Tensor, *, of_tokens: bool) -> _
             rows = x[token[row[mine]]] if of_tokens else x[row[mine]]
             left = a[slot, expert % a.shape[1]].unflatten(0, (-1, lora.max_rank))[:, : ranks[slot]].to(wide)
             right = b[slot, expert % b.shape[1], :, : ranks[slot]].to(wide).T
-            shrunk = (rows.to(wide) @ left.flatten(0, 1).T * lora.scaling[slot]).unflatten(1, (-1, ranks[slot]))
-            found = shrunk[:, 0] @ right
+            shrunk = _product(rows.to(wide), left.flatten(0, 1).T).mul_(lora.scaling[slot])
+            shrunk = shrunk.unflatten(1, (-1, ranks[slot]))
+            found = _product(shrunk[:, 0], right)
             if up is not None:
-                found[:, up] = shrunk[:, 1] @ right[:, up]
+                found[:, up] = _product(shrunk[:, 1], right[:, up])
             value[mine] = found
     return _Deltas(row, value)
 
@@ -255,12 +256,18 @@ def _dequantised(x: Tensor, w: Tensor | ExpertMatrix, live: Tensor | None = None
     return out
 
 
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b`` in their own type: written in place (``out=``), which autocast leaves alone as it does the kernels of
+    other backends.
+    """
+    return torch.mm(a, b, out=a.new_empty(a.shape[0], b.shape[1]))
+
+
 def _multiply(x: Tensor, w: Tensor | ExpertMatrix, schedule: _Schedule, problem: Problem) -> Tensor:
     """``x[r] @ w[expert[r]].T`` [R, N], in the dtype of x.
 
     Measured on a CPU with AMX and AVX512-FP16, 1 to 512 rows: conversion to float32 first took 0.8 to 6.6 times as long
-    in bfloat16 and 1.1 to 2.4 times in float16. Written in place (``out=``), which autocast leaves alone as it does the
-    kernels of other backends.
+    in bfloat16 and 1.1 to 2.4 times in float16.
     """
     out = x.new_empty(x.shape[0], w.shape[1])
     if not x.is_cuda and x.element_size() == 2 and x.shape[1] % 32:
@@ -278,11 +285,11 @@ def _multiply(x: Tensor, w: Tensor | ExpertMatrix, schedule: _Schedule, problem:
         for expert, x_e, out_e in zip(schedule.experts, x_rows, out_rows, strict=True):
             w_e = w[expert] if isinstance(w, Tensor) else w.dequantize_expert(expert, x.dtype).T
             if not problem.batch_invariant:
-                torch.mm(x_e, w_e, out=out_e)
+                torch.mm(x_e, w_e, out=out_e)  # in place for the reason of _product too
                 continue
             for row in range(x_e.shape[0]):  # from one place, as the address may decide too
                 alone.copy_(x_e[row])
-                out_e[row] = torch.mm(alone, w_e)[0]
+                out_e[row] = _product(alone, w_e)[0]
     return out
 
 

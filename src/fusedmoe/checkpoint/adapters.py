@@ -32,6 +32,8 @@ _NAMES = {"w1": "gate", "gate_proj": "gate", "w3": "up", "up_proj": "up", "w2": 
 _EACH = re.compile(r"experts\.(\d{1,4})\.(" + "|".join(_NAMES) + r")\.lora_([AB])\.(?:default\.)?weight")
 _FUSED = re.compile(r"experts\.((?:base_layer\.)?)lora_([AB])\.(?:default\.)?weight")
 _BLOCK = re.compile(r"\.(?=experts\.)")
+#: A pattern that is a name.
+_NAME = r"[\w.^]+"
 #: From this version of PEFT on A meets the inputs of every parameter.
 _TODAY = (0, 19, 1)
 
@@ -109,25 +111,39 @@ def _refuse(files: Files) -> None:
             raise error(f"{key} of the adapter", got=repr(config[key]), wanted=repr(plain), do=do)
 
 
+def _check_rank(config: dict[str, Any], name: str, rank: int, parameter: str = "") -> None:
+    """The rank that the configuration says: fused factors of another number of experts would be cut wrongly."""
+    patterns = config.get("rank_pattern") or {}
+    if not isinstance(patterns, dict) or not all(re.fullmatch(_NAME, pattern) for pattern in patterns):
+        return  # regular expressions, which are not run
+    said = _by_pattern(patterns, name, parameter, config.get("r"))
+    if said is not None and said != rank:
+        wanted = f"{said}, as adapter_config.json says"
+        raise error(f"rank of {name}", got=rank, wanted=wanted, do="Give the number of experts of the adapted model.")
+
+
+def _by_pattern(patterns: dict[str, Any], name: str, parameter: str, default: Any) -> Any:
+    """What the first pattern says that names the module of a tensor, or its end, else the default."""
+    module = re.sub(r"(\.base_layer)?\.lora_[AB]\..*", "", name) + parameter
+    names = ((pattern.lstrip("^"), value) for pattern, value in patterns.items())
+    return next((value for end, value in names if module.endswith(f".{end}") or module == end), default)
+
+
 def _alpha(config: dict[str, Any], name: str, rank: int, parameter: str = "") -> float:
     """What B A is multiplied by: alpha / r, or alpha / sqrt(r) where the adapter is rank-stabilised.
 
     ``parameter``: what a pattern may name beyond the module.
     """
-    module = re.sub(r"(\.base_layer)?\.lora_[AB]\..*", "", name) + parameter
-    alpha = config.get("lora_alpha")
     patterns = config.get("alpha_pattern") or {}
     if not isinstance(patterns, dict):
         raise error("alpha_pattern of the adapter", got=repr(patterns), wanted="an object", do=CONVERT_AGAIN)
-    for pattern, value in patterns.items():
+    for pattern in patterns:
         # PEFT takes regular expressions here; those of somebody else's file are not run.
-        if not re.fullmatch(r"[\w.^]+", pattern):
+        if not re.fullmatch(_NAME, pattern):
             wanted = "the name of a module, or its end"
             do = "Save the adapter with names."
             raise error("alpha_pattern of the adapter", got=repr(pattern), wanted=wanted, do=do)
-        if module.endswith(f".{pattern.lstrip('^')}") or module == pattern.lstrip("^"):
-            alpha = value
-            break
+    alpha = _by_pattern(patterns, name, parameter, config.get("lora_alpha"))
     if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or not math.isfinite(alpha):
         raise error("lora_alpha of the adapter", got=repr(alpha), wanted="a number", do=CONVERT_AGAIN)
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
@@ -169,6 +185,7 @@ class _Factors:
         rows, columns = (self.hidden, self.intermediate) if part == "down" else (self.intermediate, self.hidden)
         if factor == "A":
             self.a[part, expert] = a = self._read(name, (None, columns))
+            _check_rank(self.files.config, name, a.shape[0])
             self.scale[part, expert] = _alpha(self.files.config, name, a.shape[0])
         else:
             self.b[part, expert] = self._read(name, (rows, None))
@@ -181,6 +198,7 @@ class _Factors:
             (part,) = (part for part, order in kinds if order == swapped)
             (rows, columns), (out, ranks) = self._matrix_shape(name_a), self._matrix_shape(name_b)
             rank = rows // self.experts
+            _check_rank(self.files.config, name_a, rank, f".{part}_proj")
             a = self._read(name_a, (rows, columns)).reshape(self.experts, rank, columns)
             b = self._read(name_b, (out, ranks)).reshape(out, rank, self.experts).permute(2, 0, 1)
             if swapped:

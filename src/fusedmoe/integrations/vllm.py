@@ -417,8 +417,6 @@ def matrices(config: Any, w1: Tensor, w2: Tensor, options: dict[str, Any]) -> tu
         scale, zero, input_scale = (
             getattr(config, name.format(number)) for name in ("w{}_scale", "w{}_zp", "a{}_scale")
         )
-        if scale is not None and scale.dtype == torch.float8_e8m0fnu:
-            scale = scale.view(torch.uint8)
         if choices.get("inputs") != "static":
             input_scale = None
         parts = 2 if number == 1 and halves and "block" in choices else 1

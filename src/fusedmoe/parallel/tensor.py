@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
-from fusedmoe.errors import OptionError, ShapeError, UnsupportedError, explain
+from fusedmoe.errors import DTypeError, OptionError, ShapeError, UnsupportedError, explain
 from fusedmoe.lora import Adapter, LoRA
 from fusedmoe.modular import Experts
 from fusedmoe.nn import FusedExperts, require_tensor
@@ -117,8 +117,12 @@ def intermediate_slice(
 
     Raises:
         ShapeError: the slice is empty or outside, or the experts are quantised: readers of checkpoints slice those.
+        DTypeError: layer is neither experts nor an adapter.
         OptionError: gate_up_layout is none, or given with experts.
     """
+    if not isinstance(layer, (Experts, Adapter)):
+        got, wanted = type(layer).__name__, "fusedmoe.modular.Experts, or an Adapter"
+        raise DTypeError(explain("layer to slice", got=got, wanted=wanted, do="Call modular.Experts.of(layer)."))
     if gate_up_layout not in ((None,) if isinstance(layer, Experts) else (None, *GATE_UP_LAYOUTS)):
         wanted = "that of the experts" if isinstance(layer, Experts) else f"one of {GATE_UP_LAYOUTS}"
         do = "Leave it out." if isinstance(layer, Experts) else "Say what the layer has."
