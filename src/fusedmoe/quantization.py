@@ -97,7 +97,7 @@ def quantize(
         if not torch.finfo(torch.float32).tiny <= number <= FLOAT32_MAX:
             wanted, do = "a positive number, or a floating-point tensor of one", "It is the static scale of the rows."
             raise OptionError(explain("input_scale", got=repr(input_scale), wanted=wanted, do=do))
-        input_scale = torch.full((1,), number, device=weight.device)
+        input_scale = torch.full((1,), number, dtype=torch.float32, device=weight.device)
     return ExpertMatrix(
         scheme, data, scale, zero=zero_points, tensor_scale=tensor_scale, input_scale=input_scale, parts=parts
     )

@@ -162,6 +162,14 @@ def test_an_order_that_no_size_tells(tmp_path):
         read_adapter(tmp_path, 0, **SIZES)
 
 
+def test_a_parameter_that_no_size_tells(tmp_path):
+    prefix = "base_model.model.model.layers.0.mlp.experts."
+    tensors = {f"{prefix}lora_A.weight": torch.ones(E * 3, H), f"{prefix}lora_B.weight": torch.ones(H, 3 * E)}
+    write(tmp_path, tensors, peft_version="0.21.2")
+    with pytest.raises(CheckpointError, match="parameter of .*lora_A.weight: got shapes that fit both"):
+        read_adapter(tmp_path, 0, num_experts=E, hidden_size=H, intermediate_size=H, gated=False)
+
+
 def test_an_adapter_runs_in_the_layer(tmp_path):
     model = fused_model("qwen3").double()
     experts = model.model.layers[0].mlp.experts

@@ -195,7 +195,10 @@ class _Factors:
         fitting = {(pair["A"], pair["B"]): self._kinds(pair["A"], pair["B"]) for pair in self._pairs.values()}
         swapped = self._swapped([{swapped for _, swapped in kinds} for kinds in fitting.values()])
         for (name_a, name_b), kinds in fitting.items():
-            (part,) = (part for part, order in kinds if order == swapped)
+            part, *others = (part for part, order in kinds if order == swapped)
+            if others:
+                wanted, do = "sizes that tell: not gated, with H = I, those of w13 and w2 are one", "Merge the adapter."
+                raise error(f"parameter of {name_a}", got="shapes that fit both", wanted=wanted, do=do)
             (rows, columns), (out, ranks) = self._matrix_shape(name_a), self._matrix_shape(name_b)
             rank = rows // self.experts
             _check_rank(self.files.config, name_a, rank, f".{part}_proj")

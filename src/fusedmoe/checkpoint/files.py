@@ -113,7 +113,7 @@ class Files:
             )
         beside(directory, self.CONFIG)
         config = json_object(directory / self.CONFIG)
-        if "quantization_config" not in config and beside(directory, self.MODELOPT):
+        if not config.get("quantization_config") and beside(directory, self.MODELOPT):
             quantization = json_object(directory / self.MODELOPT).get("quantization")
             if isinstance(quantization, dict):
                 config["quantization_config"] = {"quant_method": "modelopt", **quantization}
