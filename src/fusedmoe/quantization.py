@@ -80,7 +80,7 @@ def quantize(
     if type(parts) is not int or parts not in (1, 2) or weight.shape[1] % parts:
         raise ShapeError(explain("parts", got=parts, wanted="1, or 2 for an even N", do="See ExpertMatrix."))
     # A parameter's scales would hold all that they were computed from; autocast stacks no codes.
-    with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+    with torch.autocast(weight.device.type, enabled=False):
         pieces = [_quantise(w, scheme, parts) for w in weight.detach()]
         data, scale, zero_points, tensor_scale = (
             None if pieces[0][i] is None else torch.stack([piece[i] for piece in pieces])  # type: ignore[misc]

@@ -165,8 +165,8 @@ def test_hopper_multiplies_what_a_scheme_says(form):
         kernels = [kernel for kernel in compiled if kernel.name == "grouped_gemm"]
         for kernel, multiply, tile in zip(kernels, plan.multiply, (plan.gate_up, plan.down), strict=True):
             warp_group = tile.swap or tile.block_m >= 64
-            operand = {"e4m3": "e4m3" if warp_group else "f16", "int8": "s8", "float16": "f16", "bfloat16": "bf16"}
-            wanted = ("wgmma" if warp_group else "mma", operand[multiply])
+            operands = {"e4m3": "e4m3" if warp_group else "f16", "int8": "s8", "float16": "f16", "bfloat16": "bf16"}
+            wanted = ("wgmma" if warp_group else "mma", operands[multiply])
             assert {(instruction, operand) for instruction, _, operand in kernel.products()} == {wanted}
             unswapped += not warp_group
             assert shape == "few" or warp_group

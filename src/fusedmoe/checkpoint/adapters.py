@@ -236,7 +236,7 @@ class _Factors:
     def _swapped(self, possible: list[set[bool]]) -> bool:
         """Whether A and B changed places, which they did in all pairs or in none."""
         orders = set[bool]({False, True}).intersection(*possible)
-        if len(orders) == 1 or not possible:
+        if len(orders) == 1:
             return orders.pop()
         version = self.files.config.get("peft_version")
         number = re.match(r"(\d{1,4})\.(\d{1,4})\.(\d{1,4})", version) if isinstance(version, str) else None
@@ -258,7 +258,7 @@ class _Factors:
 
     def adapter(self, dtype: torch.dtype | None, device: str | torch.device) -> Adapter:
         """Everything that was found in four tensors; what is not there is zeros."""
-        if all(len(pair) == 2 for pair in self._pairs.values()):
+        if self._pairs and all(len(pair) == 2 for pair in self._pairs.values()):
             self._take_fused()
         if self.a.keys() != self.b.keys() or any(len(pair) != 2 for pair in self._pairs.values()):
             odd = [pair for pair in self._pairs.values() if len(pair) != 2] or sorted(
