@@ -26,9 +26,7 @@ LEFT_BEHIND = ("__main__.py", "bench", "cli", "integrations", "selftest.py", "te
 #: Backends of torch where the kernels were compiled, or that the torch backend serves; a directory each.
 BACKENDS = ("cpu", "cuda", "rocm")
 #: How the package says its operators' namespace.
-NAMESPACE = re.compile(
-    r"(?<=torch\.ops\.)fusedmoe(?=\.)|(?<=Library\(\")fusedmoe(?=\")|(?<=register_fake\(\")fusedmoe(?=::)"
-)
+NAMESPACE = re.compile(r"(?<=torch\.ops\.)fusedmoe(?=\.)|(?<=Library\(\")fusedmoe(?=\")|(?<=\")fusedmoe(?=::)")
 CARD = """---
 library_name: kernels
 license: apache-2.0
