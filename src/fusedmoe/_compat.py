@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -10,7 +11,17 @@ __all__ = ["teach_interpreter"]
 
 
 def teach_interpreter() -> None:
-    """Let Triton's interpreter compute in bfloat16 and float8 as a device does.
+    """Let Triton's interpreter compute as a device does, and without what takes two thirds of its time."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    if not getattr(InterpreterBuilder, "_fusedmoe", False):
+        InterpreterBuilder._fusedmoe = True
+        _correct_arithmetic()
+        _shorten_detours()
+
+
+def _correct_arithmetic() -> None:
+    """bfloat16, float8, fused multiply-add and conditions.
 
     The interpreter (3.5 to 3.7) keeps bfloat16 as uint16 bit patterns; its ``tl.dot`` multiplies those, and its
     cast from float32 truncates. Here the dot widens them to float32 first, which is exact, and the cast rounds
@@ -30,8 +41,6 @@ def teach_interpreter() -> None:
         InterpreterBuilder.binary_op,
     )
     comparisons = {np.less, np.less_equal, np.greater, np.greater_equal, np.equal, np.not_equal}
-    if getattr(dot, "_fusedmoe", False):
-        return
 
     def widen(handle: TensorHandle) -> TensorHandle:
         if handle.dtype.scalar == tl.float8e4nv:
@@ -66,10 +75,48 @@ def teach_interpreter() -> None:
         result = binary(self, lhs, rhs, op)
         return TensorHandle(result.data, tl.int1) if op in comparisons else result
 
-    create_dot._fusedmoe = True  # type: ignore[attr-defined]
     InterpreterBuilder.binary_op = binary_op
     InterpreterBuilder.create_dot = create_dot
     InterpreterBuilder.create_fma = create_fma
     InterpreterBuilder.create_fp_to_fp = create_fp_to_fp
     # The casting methods look cast_impl up on the instance, so replacing it here reaches all of them.
     InterpreterBuilder.cast_impl = cast_impl
+
+
+def _shorten_detours() -> None:
+    """Three of the interpreter (3.5 to 3.9), which change no result.
+
+    For each call of a device function it searches all of the language for what is not replaced yet, although the
+    kernel's launch did; for each operation it makes a table of types; and ``tl.sort`` exchanges by a reduction with
+    xor, which it takes element by element.
+    """
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    patch, type_of, reduce = interpreter._patch_lang, interpreter._get_np_dtype, interpreter.ReduceOps.apply_impl
+    known: dict[str, Any] = {}
+    patched: list[Any] = []
+
+    def patch_lang(fn: Any) -> Any:
+        if patched:
+            return SimpleNamespace(restore=lambda: None)
+        patched.append(patch(SimpleNamespace(__globals__={"tl": tl, "core": tl.core})))
+        return SimpleNamespace(restore=lambda: patched.pop().restore())
+
+    def get_np_dtype(tt_dtype: Any) -> Any:
+        scalar = tt_dtype.scalar
+        if scalar.name not in known:
+            known[scalar.name] = type_of(scalar)
+        return known[scalar.name]
+
+    def apply_impl(self: Any, values: Any) -> Any:
+        if self.combine_fn is not tl.standard._xor_combine:
+            return reduce(self, values)
+        (value,) = values
+        reduced = np.bitwise_xor.reduce(value.handle.data, axis=self.axis, keepdims=self.keep_dims)
+        return self.to_tensor(reduced, value.dtype)
+
+    interpreter._patch_lang = patch_lang
+    interpreter._get_np_dtype = get_np_dtype
+    interpreter.ReduceOps.apply_impl = apply_impl
