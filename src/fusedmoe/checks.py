@@ -213,12 +213,14 @@ def _check_matrices(
 
 
 def _check_parts(name: str, w: Experts, *, two: bool) -> None:
-    """Blocks that start anew in the middle fit only a matrix of gate rows and then up rows."""
-    if isinstance(w, ExpertMatrix) and w.parts == 2 and w.format.block[0] != 1 and not two:
+    """What starts anew in the middle fits only a matrix of gate rows and then up rows."""
+    if two or not isinstance(w, ExpertMatrix) or w.parts == 1:
+        return
+    if w.format.block[0] != 1 or w.tensor_scale is not None and w.tensor_scale.ndim == 2:
         raise OptionError(
             explain(
                 f"parts of {name}",
-                got="2: scales of blocks that start anew in the middle of the rows",
+                got="2: scales that start anew in the middle of the rows",
                 wanted="1, but for a gated w13 with concatenated gate and up rows",
                 do="Quantise it with parts=1.",
             )

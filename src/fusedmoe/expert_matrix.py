@@ -29,6 +29,8 @@ class ExpertMatrix:
 
         w[e, n, k] = (data[e, n, k] - zero[e, n, k // bk]) * scale[e, n // bn, k // bk] * tensor_scale[e]
 
+    (tensor_scale[e, n // (N / 2)] where gate and up have one each).
+
     Tensors are used where they lie, with any strides. A matrix stored [E, K, N] is a transposed view of itself
     (``data.transpose(1, 2)``), unless its codes are packed.
 
@@ -39,10 +41,11 @@ class ExpertMatrix:
             those of mxfp4 are infinite above 2^33, and vanish below 2^-100.
         zero: [E, N, columns] uint8 zero points; of int4 [E, ceil(N / 2), columns], the even n in the low nibble.
             Without them unsigned codes are shifted by 128 (uint8) or 8 (int4).
-        tensor_scale: [E] float32.
+        tensor_scale: [E] float32; or [E, 2], of gate and of up rows, with parts = 2.
         input_scale: one float32, the static scale of the rows that this matrix multiplies.
         parts: 2 when the matrix is gate rows and then up rows, each with blocks of its own: scale rows are then
-            2 ceil(N / 2 / bn), or 2 of one scale each. Matters where blocks of rows do not divide N / 2.
+            2 ceil(N / 2 / bn), or 2 of one scale each. Matters where blocks of rows do not divide N / 2, and where
+            there are two tensor scales.
 
     >>> import torch, fusedmoe
     >>> w = fusedmoe.quantize(torch.randn(4, 32, 256), "fp8_block")
@@ -143,10 +146,12 @@ class ExpertMatrix:
                     do="Check the block or group that the weights were quantised with.",
                 )
             )
-        self.parts = parts or (1 if self.scale.shape[1] == one else 2)
+        halves = isinstance(self.tensor_scale, Tensor) and self.tensor_scale.ndim == 2 and two in allowed[parts]
+        self.parts = parts or (2 if halves or self.scale.shape[1] != one else 1)
         per_byte = ELEMENTS[form.element].per_byte
         self._optional("zero", form.zero, (n_experts, -(-n_rows // per_byte), columns), torch.uint8)
-        self._optional("tensor_scale", form.tensor_scale, (n_experts,), torch.float32)
+        scales = (n_experts, 2) if halves and self.parts == 2 else (n_experts,)
+        self._optional("tensor_scale", form.tensor_scale, scales, torch.float32)
         static = form.inputs is not None and form.inputs.mode == "static"
         if isinstance(self.input_scale, Tensor) and self.input_scale.numel() == 1:
             _tensor("input_scale", self.input_scale, "(1,)")
@@ -256,7 +261,8 @@ class ExpertMatrix:
             w = w - shift
         w = w * decode_scale(self.scale[expert], form.scale, wide)[row][:, column]
         if self.tensor_scale is not None:
-            w = w * self.tensor_scale[expert].to(wide)
+            of_parts = self.tensor_scale[expert].to(wide).reshape(-1, 1, 1)
+            w = (w.reshape(len(of_parts), -1, n_columns) * of_parts).reshape(n_rows, n_columns)
         return w.to(dtype)
 
 

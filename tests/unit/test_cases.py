@@ -67,7 +67,7 @@ def test_random_matrices(form):
     w = one.dequantize()
     assert w.isfinite().all() and 0.5 < w.std() * 128**0.5 < 2.5
     scales = one.dequantize().abs().amax((1, 2)) / ELEMENTS[form.element].largest
-    of_experts = one.tensor_scale if form.tensor_scale else one.scale.float().mean((1, 2))
+    of_experts = one.tensor_scale[:, 0] if form.tensor_scale else one.scale.float().mean((1, 2))
     if form.scale == "e8m0":
         of_experts = torch.exp2(of_experts)
     assert 3 < of_experts[1] / of_experts[0] < 30 and scales.min() > 0
@@ -130,6 +130,11 @@ def ignore_zero(w):
     return mapped(w, zero=lambda t: torch.full_like(t, quantise_zero(w))) if w.zero is not None else None
 
 
+def one_tensor_scale(w):
+    apart = w.tensor_scale is not None and w.tensor_scale.ndim == 2
+    return mapped(w, tensor_scale=lambda t: t[:, :1].expand_as(t)) if apart else None
+
+
 def other_token(case, a, o):
     inputs = a[1].format.inputs
     if inputs is None or inputs.mode not in ("token", "group"):
@@ -147,6 +152,7 @@ FAULTS = {
     "another expert's tensor scale": both(
         lambda w: mapped(w, tensor_scale=lambda t: t.roll(1, 0)) if w.tensor_scale is not None else None
     ),
+    "up's tensor scale is gate's": lambda case, a, o: ((a[0], one_tensor_scale(a[1]), *a[2:]), o),
     "scale of the first expert": both(lambda w: mapped(w, scale=lambda t: t[:1].expand_as(t))),
     "scale of another block": both(other_block),
     "last K block dropped": both(without_last_columns),
@@ -177,7 +183,7 @@ def test_the_bound_rejects_planted_faults(scheme, dtype):
     if not has.zero:
         impossible.add("zero point ignored")
     if not has.tensor_scale:
-        impossible.add("another expert's tensor scale")
+        impossible |= {"another expert's tensor scale", "up's tensor scale is gate's"}
     if has.granularities == ("tensor",):
         impossible.add("scale of another block")
     if ELEMENTS[has.elements[0]].per_byte == 1:

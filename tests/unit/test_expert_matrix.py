@@ -63,7 +63,7 @@ def draw(form: Format, n: int = N, k: int = K, parts: int = 1, seed: int = 0) ->
     if form.zero:
         tensors["zero"] = bits(E, (n + 1) // 2 if packed else n, columns)
     if form.tensor_scale:
-        tensors["tensor_scale"] = torch.tensor([0.1, 3.0, 20.0])
+        tensors["tensor_scale"] = torch.tensor([[0.1, 3.0, 20.0], [7.0, 0.2, 1.0]][:parts]).T.squeeze(1)
     if form.inputs is not None and form.inputs.mode == "static":
         tensors["input_scale"] = torch.tensor([0.7])
     return tensors
@@ -91,7 +91,8 @@ def numbers(form: Format, t: dict[str, torch.Tensor], n: int, k: int, parts: int
                 piece = piece - {"int4": 8, "uint8": 128}.get(form.element, 0)
             s = t["scale"][e, row, column]
             s = 2.0 ** (int(s) - 127) if form.scale == "e8m0" else float(s)
-            out[e, rows, columns] = piece * s * (float(t["tensor_scale"][e]) if form.tensor_scale else 1.0)
+            of_parts = t["tensor_scale"][e].expand(parts) if form.tensor_scale else torch.ones(parts)
+            out[e, rows, columns] = piece * s * float(of_parts[rows.start * parts // n])
     return out
 
 
@@ -207,6 +208,12 @@ def test_parts_follow_from_the_rows_of_scales_where_they_differ():
     assert ExpertMatrix(tensor, **draw(tensor, parts=2)).parts == 2
     one = ExpertMatrix(tensor, **draw(tensor), parts=2)
     assert one.parts == 2 and one.scale.shape[1] == 1, "one scale for both parts"
+    nvfp4 = format_of("nvfp4")
+    assert ExpertMatrix(nvfp4, **draw(nvfp4)).parts == 1
+    assert ExpertMatrix(nvfp4, **draw(nvfp4), parts=2).tensor_scale.shape == (E,), "one for both parts"
+    assert ExpertMatrix(nvfp4, **draw(nvfp4, parts=2)).parts == 2, "two tensor scales"
+    with pytest.raises(ShapeError, match=r"tensor_scale .*got \(3, 2\); wanted \(3,\)"):
+        ExpertMatrix(nvfp4, **draw(nvfp4, parts=2), parts=1)
     torch.testing.assert_close(
         one.dequantize(torch.float64), numbers(tensor, draw(tensor), N, K, 1), rtol=1e-15, atol=0
     )
@@ -263,6 +270,7 @@ ERRORS = [
     ("int4_w4a16", {"zero": 8}, {"zero": True}, DTypeError, "zero of an expert matrix: got int"),
     ("nvfp4", {"tensor_scale": None}, {}, OptionError, r"tensor_scale .*got none; wanted torch.float32 \(3,\)"),
     ("nvfp4", {"tensor_scale": lambda t: t[:1]}, {}, ShapeError, r"tensor_scale .*got \(1,\); wanted \(3,\)"),
+    ("nvfp4", {"tensor_scale": torch.ones(3, 3)}, {}, ShapeError, r"tensor_scale .*got \(3, 3\); wanted \(3, 2\)"),
     ("mxfp4", {"tensor_scale": torch.ones(3)}, {}, OptionError, "tensor_scale .*wanted none"),
     ("fp8_tensor", {"input_scale": None}, {"inputs": "static"}, OptionError, r"got none; wanted torch.float32 \(1,\)"),
     ("fp8_tensor", {"input_scale": torch.ones(3)}, {"inputs": "static"}, ShapeError, r"got \(3,\); wanted \(1,\)"),

@@ -21,8 +21,8 @@ from fusedmoe.errors import (
     WorkspaceError,
 )
 from fusedmoe.plan.planner import SUPPORTS
-from fusedmoe.schemes import formats_of
-from fusedmoe.testing.cases import OPTIONS, Case, pairwise
+from fusedmoe.schemes import format_of, formats_of
+from fusedmoe.testing.cases import OPTIONS, Case, pairwise, random_matrix
 from fusedmoe.testing.verify import relative_error
 from fusedmoe.torch_ops import flatten, format_of_words, format_to_words
 
@@ -471,6 +471,15 @@ QUANTISED_MISTAKES = {
     "two parts and interleaved rows": (
         "fp8_tensor",
         {"gate_up_layout": "interleaved"},
+        OptionError,
+        ["parts of w13", "concatenated"],
+    ),
+    "two tensor scales and interleaved rows": (
+        "nvfp4",
+        {
+            "gate_up_layout": "interleaved",
+            "w13": random_matrix(format_of("nvfp4"), (E, 128, 128), torch.Generator(), parts=2),
+        },
         OptionError,
         ["parts of w13", "concatenated"],
     ),

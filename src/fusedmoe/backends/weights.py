@@ -101,6 +101,7 @@ def operand(w: torch.Tensor | ExpertMatrix, multiply: str, up: int, wide: int, c
     kind = words.kind_of_scale(form.element, multiply, form.scale) if config.words and in_weights else form.scale
     scale = _bytes(w.scale) if form.scale in ("e8m0", "e4m3") else w.scale
     phase = up if w.parts == 1 and block_n else 0
+    steps = () if w.tensor_scale is None else w.tensor_scale.stride()
     if config.words:
         data = w.data.view(torch.int32)
     else:
@@ -120,7 +121,8 @@ def operand(w: torch.Tensor | ExpertMatrix, multiply: str, up: int, wide: int, c
         ),
         scale_at=tl.constexpr("step" if block_k else "end"),
         tensor_scale=w.tensor_scale,
-        tensor_scale_stride=None if w.tensor_scale is None else w.tensor_scale.stride(0),
+        tensor_scale_stride=steps[0] if steps else None,
+        tensor_scale_part=steps[1] if len(steps) == 2 else None,
     )
     policies |= {
         "STEP": step.scaled_product if in_step else step.product_of_words if config.words else step.product,

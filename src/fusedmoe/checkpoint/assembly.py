@@ -156,7 +156,7 @@ def read_matrix(
     if form.zero:
         shapes["zero"] = ((-(-n_rows // form.per_byte), scale_columns), "uint8")
     if form.tensor_scale:
-        shapes["tensor_scale"] = ((), "float32")
+        shapes["tensor_scale"] = ((len(sources),), "float32")
     out = {
         name: torch.empty((len(experts), *shape), dtype=getattr(torch, kind), device=device)
         for name, (shape, kind) in shapes.items()
@@ -165,6 +165,12 @@ def read_matrix(
         for name, tensor in _expert(sources, columns, expert, form).items():
             out[name][i].copy_(tensor)
         tick()
+    if form.tensor_scale:
+        scales = out["tensor_scale"]
+        if bool((scales == scales[:, :1]).all()):
+            out["tensor_scale"] = scales[:, 0].contiguous()
+        else:
+            parts = len(sources)
     if form.inputs is not None and form.inputs.mode == "static":
         # Of all experts, so that every rank quantises alike; a few numbers.
         numbers = [
@@ -211,14 +217,7 @@ def _expert(sources: tuple[Source, ...], columns: range, expert: int, form: Form
         zero = torch.cat(pieces["zero"])
         out["zero"] = pack(zero.T).T if form.per_byte == 2 else zero
     if form.tensor_scale:
-        if any(number != pieces["tensor_scale"][0] for number in pieces["tensor_scale"]):
-            raise error(
-                f"scales of {sources[0].projection.prefix(expert)} and {sources[-1].projection.prefix(expert)}",
-                got=[float(number) for number in pieces["tensor_scale"]],
-                wanted="one for gate and up",
-                do="Quantise gate and up with a common tensor scale.",
-            )
-        out["tensor_scale"] = pieces["tensor_scale"][0].reshape(())
+        out["tensor_scale"] = torch.cat(pieces["tensor_scale"])
     return out
 
 

@@ -175,8 +175,9 @@ class Weight(NamedTuple):
     scale: object = None  #        BlockScale, or None
     scale_at: object = None  #     constexpr: "step": used inside of the loop over K; "end": of whole rows, for the sum
     zero: object = None  #         Zeros, or None
-    tensor_scale: object = None  # [E] float32, or None
+    tensor_scale: object = None  # [E] or [E, 2] float32, or None
     tensor_scale_stride: object = None
+    tensor_scale_part: object = None  # from gate's to up's, or None: they have one
 
 
 class Output(NamedTuple):

@@ -223,5 +223,8 @@ def finish(acc, x, w, r, expert, n, n0, inside, PART: tl.constexpr):
     if w.scale.kind == "e2m1 pair":
         acc = acc * 4294967296.0  # 2^32
     if w.tensor_scale is not None:
-        acc = acc * tl.load(w.tensor_scale + expert.to(tl.int64) * w.tensor_scale_stride)
+        address = w.tensor_scale + expert.to(tl.int64) * w.tensor_scale_stride
+        if w.tensor_scale_part is not None:
+            address += PART * w.tensor_scale_part
+        acc = acc * tl.load(address)
     return acc

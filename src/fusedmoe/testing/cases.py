@@ -103,7 +103,7 @@ def storage_of(form: Format, shape: tuple[int, int, int], parts: int = 1) -> dic
     if form.zero:
         found["zero"] = ((n_experts, -(-n_rows // element.per_byte), columns), torch.uint8)
     if form.tensor_scale:
-        found["tensor_scale"] = ((n_experts,), torch.float32)
+        found["tensor_scale"] = ((n_experts, 2) if parts == 2 else (n_experts,), torch.float32)
     if form.inputs is not None and form.inputs.mode == "static":
         found["input_scale"] = ((1,), torch.float32)
     return found
@@ -158,6 +158,8 @@ def random_matrix(
     size, tensor_scale = n_columns**-0.5 / spread, None
     if form.tensor_scale:  # block scales around 32, well inside their range
         scale, tensor_scale = 32 * scale, size.flatten() / 32
+        if parts == 2:
+            tensor_scale = tensor_scale[:, None] * torch.tensor([1.0, 0.6], device=device)
     else:
         scale = scale * size
     if form.scale == "e8m0":
