@@ -579,6 +579,42 @@ def test_fused_fp8_of_transformers(size, block, tmp_path):
     check_slices(tmp_path, (0, half, size), exact=False)
 
 
+@pytest.mark.parametrize("columns_first", [True, False])
+@pytest.mark.parametrize("algorithm", ["NVFP4", "FP8"])
+def test_fused_tensors_of_modelopt(algorithm, columns_first, tmp_path):
+    """Llama 4: [E, K, N] as the model has them, codes and scales alike, and numbers that all experts share."""
+    g = torch.Generator().manual_seed(0)
+    tensors, numbers = {}, []
+    sizes = (("gate_up_proj", 2 * I, H, 0.0007), ("down_proj", H, I, 0.0002))
+    for name, n, k, of_all in ((PREFIX + name, n, k, torch.tensor(number)) for name, n, k, number in sizes):
+        if algorithm == "NVFP4":
+            codes, values = map(torch.stack, zip(*(e2m1(n, k, g) for _ in range(E)), strict=True))
+            scale = (torch.rand(E, n, k // 16, generator=g) * 100 + 50).to(torch.float8_e4m3fn)
+            tensors |= {f"{name}_weight_scale": scale, f"{name}_weight_scale_2": of_all}
+            numbers.append(values * scale.double().repeat_interleave(16, 2) * of_all.double())
+        else:
+            codes = torch.randn(E, n, k, generator=g).to(torch.float8_e4m3fn)
+            tensors[f"{name}_weight_scale"] = of_all
+            numbers.append(codes.double() * of_all.double())
+        tensors |= {name: codes, f"{name}_input_scale": of_all * 3}
+    if columns_first:
+        tensors = {name: tensor.transpose(1, 2) if tensor.dim() == 3 else tensor for name, tensor in tensors.items()}
+    write(tmp_path, tensors, {"quant_method": "modelopt", "quant_algo": algorithm})
+    stored = read_experts(tmp_path, LAYER)
+    assert stored.weight_layout == "NK" and stored.gate_up_layout == "concatenated"
+    same(stored.w13, numbers[0])
+    same(stored.w2, numbers[1])
+    if algorithm == "FP8":
+        assert stored.w13.input_scale == 3 * torch.tensor(0.0007)
+    part = read_experts(tmp_path, LAYER, experts=(1, 3))
+    same(part.w13, numbers[0][1:])
+    check_slices(tmp_path, (0, 64, 160, 256), exact=algorithm == "NVFP4")
+    name = f"{PREFIX}down_proj_weight_scale"
+    wrong = torch.ones(E + 1) if algorithm == "FP8" else tensors[name][:, :, 1:]
+    write(tmp_path, {**tensors, name: wrong}, {"quant_method": "modelopt", "quant_algo": algorithm})
+    fails(tmp_path, f"shape or type of {name}")
+
+
 @pytest.mark.parametrize(
     ("form", "hidden", "size", "start"),
     [

@@ -16,8 +16,9 @@ each with or without biases (``.bias`` in place of ``.weight``; ``gate_up_proj_b
 Quantised experts are recognised by ``quantization_config`` of config.json: fp8 per block or per tensor (DeepSeek-V3,
 Qwen3-FP8, Transformers), compressed-tensors (fp8 per channel, tensor or block, int8, packed int4 and int8 with or
 without zero points, nvfp4, mxfp4, mxfp8), GPTQ (versions 1 and 2), AWQ, AutoRound (packed as one of these two), mxfp4
-of gpt-oss and DeepSeek-V4, ModelOpt (FP8 per tensor, channel or block, NVFP4, MXFP8), and what ``fusedmoe quantize``
-writes. Weights of nvfp4, mxfp4 and mxfp8 are read without what quantises their inputs.
+of gpt-oss and DeepSeek-V4, ModelOpt (FP8 per tensor, channel or block, NVFP4, MXFP8; of all experts in one tensor, then
+as above or both transposed), and what ``fusedmoe quantize`` writes. Weights of nvfp4, mxfp4 and mxfp8 are read without
+what quantises their inputs.
 :mod:`fusedmoe.checkpoint.methods` has one function for each.
 
 A checkpoint is somebody else's file. Nothing in it is executed, pickles are not opened, files outside the

@@ -72,12 +72,14 @@ class Method:
         choices: of the scheme, as :func:`fusedmoe.schemes.format_of` takes them; None: not quantised. Types of
             codes and scales are left to the files where they may be of several.
         ignored: endings of tensors that add nothing to what the others say.
+        either_way: a tensor of all experts may be [E, K, N] as well, its scales alike.
     """
 
     name: str
     parts: Mapping[str, Stored]
     choices: Mapping[str, Any] | None = None
     ignored: tuple[str, ...] = field(default=())
+    either_way: bool = False
 
     def form(self, types: Mapping[str, str], block: tuple[int, int] | None = None) -> Format | None:
         """The format, for tensors of these types, with other blocks if given."""
@@ -100,6 +102,7 @@ class Method:
 PLAIN = Method(
     name="not quantised",
     parts={"data": Stored((".weight", ""), tuple(FLOATS)), "bias": _BIAS},
+    either_way=True,
 )
 
 
@@ -243,8 +246,8 @@ def _integer_weights(bits: object, group: object, name: str) -> tuple[str, str, 
 
 def _nvfp4(weight: str) -> dict[str, Stored]:
     return {
-        "data": Stored((weight,), ("U8",), (1, 2)),
-        "scale": Stored((".weight_scale",), ("F8_E4M3",), (1, 16)),
+        "data": Stored((weight, ""), ("U8",), (1, 2)),
+        "scale": Stored((".weight_scale", "_weight_scale"), ("F8_E4M3",), (1, 16)),
     }
 
 
@@ -384,9 +387,10 @@ def _modelopt(said: dict[str, Any], modules: tuple[str, ...]) -> Method | None:
     name = f"modelopt {kind}"
     choices: dict[str, Any]
     if kind in ("NVFP4", "W4A16_NVFP4"):
-        parts = {**_nvfp4(".weight"), "tensor_scale": _scalar(".weight_scale_2"), "bias": _BIAS}
+        parts = {**_nvfp4(".weight"), "tensor_scale": _scalar(".weight_scale_2", "_weight_scale_2"), "bias": _BIAS}
         choices = {"scheme": "nvfp4", "element": "e2m1"}
-        return Method(name=name, choices=choices, parts=parts, ignored=(".input_scale",))
+        ignored = (".input_scale", "_input_scale")
+        return Method(name=name, choices=choices, parts=parts, ignored=ignored, either_way=True)
     if kind == "MXFP8":
         return _mx(name, "mxfp8")
     if kind not in _MODELOPT_FP8:
@@ -394,12 +398,12 @@ def _modelopt(said: dict[str, Any], modules: tuple[str, ...]) -> Method | None:
     scheme, inputs, block = _MODELOPT_FP8[kind]
     parts = {
         "data": _WEIGHT,
-        "scale": Stored((".weight_scale",), _FLOAT_SCALES, block),
-        **_static(inputs, ".input_scale"),
+        "scale": Stored((".weight_scale", "_weight_scale"), _FLOAT_SCALES, block),
+        **_static(inputs, ".input_scale", "_input_scale"),
         "bias": _BIAS,
     }
     choices = {"scheme": scheme, "inputs": inputs, "block": block}
-    return Method(name=name, choices=choices, parts=parts)
+    return Method(name=name, choices=choices, parts=parts, either_way=True)
 
 
 #: Scheme, inputs and block of ModelOpt's algorithms of fp8; those of blocks are of weights alone.

@@ -35,7 +35,7 @@ class Projection:
         endings: names' endings of the parts that there are.
         types: safetensors types of the parts, by the first expert.
         shape: (N, K).
-        transposed: stored [K, N]; of tensors that are not quantised.
+        transposed: stored [K, N], all parts that have both sides.
         halves: the rows are two matrices whose blocks of rows start anew, N / 2 rows each.
     """
 
@@ -57,6 +57,15 @@ class Projection:
     def prefix(self, expert: int) -> str:
         """What the names of an expert's tensors begin with."""
         return self.head if self.tail is None else f"{self.head}{expert}{self.tail}"
+
+    def swapped(self, part: str) -> bool:
+        """Whether columns come first in the tensor of a part."""
+        return self.transposed or self.method.parts[part].transposed
+
+    def shared(self, part: str) -> bool:
+        """Whether a part is one number, and one of all experts."""
+        one = self.tail is None and self.method.parts[part].unit == (0, 0)
+        return one and self.files.header(self.name(part, 0))[0] in ((), (1,))
 
     def form(self, block: tuple[int, int] | None = None) -> Format | None:
         """Format of the codes, with other blocks if given; None when not quantised."""
@@ -131,12 +140,12 @@ class Projection:
         """Some rows and columns of the tensor of a part, in its own units, rows first: [rows, columns, ...]."""
         name = self.name(part, expert)
         shape, _ = self.files.header(name)
-        swapped = self.method.parts[part].transposed or self.transposed and part == "data"
+        swapped = self.swapped(part)
         ranges = [(rows, columns), (columns, rows)][swapped]
         counts = self.counts(part)[:: -1 if swapped else 1]
         # Sides of 1 may be left out where they are stored, so that sides are paired by those that are longer.
         sides = [slice(r.start, r.stop) for r, count in zip(ranges, counts, strict=True) if count != 1]
-        index: list[int | slice] = [] if self.tail is not None else [expert]
+        index: list[int | slice] = [] if self.tail is not None or self.shared(part) else [expert]
         index += [sides.pop(0) if sides and size != 1 else slice(None) for size in shape[len(index) :]]
         tensor = self.files.read(name, tuple(index))
         tensor = tensor.reshape(len(ranges[0]), len(ranges[1]), *self.method.parts[part].trailing)
@@ -149,11 +158,11 @@ class Projection:
         for part in self.endings:
             stored = self.method.parts[part]
             counts = list(self.counts(part))
-            if stored.transposed or self.transposed and part == "data":
+            if self.swapped(part):
                 counts.reverse()
             for expert in experts if self.tail is not None else experts[:1]:
                 shape, kind = self.files.header(self.name(part, expert))
-                lead = () if self.tail is not None else (self.experts,)
+                lead = () if self.tail is not None or self.shared(part) else (self.experts,)
                 own = shape[len(lead) :]
                 fits = shape[: len(lead)] == lead and _long(own) == _long((*counts, *stored.trailing))
                 sides = part != "data" or len(own) == 2 + len(stored.trailing)
@@ -263,7 +272,7 @@ def _shape(projection: Projection) -> tuple[int, int]:
     shape = projection.files.header(name)[0][projection.tail is None :]
     if len(shape) < 2 or 0 in shape:
         raise error(f"shape of {name}", got=shape, wanted="rows and columns", do=CONVERT_AGAIN)
-    n_rows, n_columns = (shape[1], shape[0]) if stored.transposed else (shape[0], shape[1])
+    n_rows, n_columns = (shape[1], shape[0]) if projection.swapped("data") else (shape[0], shape[1])
     n_rows, n_columns = n_rows * stored.unit[0], n_columns * stored.unit[1]
     true = projection.files.first(projection.prefix(0), (".weight_shape",))
     if true and true.removeprefix(projection.prefix(0)) in projection.method.ignored:  # words may be filled up
@@ -369,27 +378,27 @@ def _fused_layer(files: Files, block: str, fused: tuple[str, str]) -> Layer:
         raise error(f"experts of {block}", got=first[0], wanted=f"{experts}, as config.json says", do=CONVERT_AGAIN)
     (rows, hidden), (out, inner) = _shape(w13), _shape(w2)
     # Both at once would need I = 2I, so the shapes alone decide, square matrices included.
-    layout: WeightLayout = "NK"
+    if (rows, hidden) != (2 * inner, out) and w13.method.either_way and w13.method == w2.method:
+        w13, w2 = replace(w13, transposed=True), replace(w2, transposed=True)
+        (rows, hidden), (out, inner) = _shape(w13), _shape(w2)
     if (rows, hidden) != (2 * inner, out):
-        if not plain or (rows, hidden) != (inner, 2 * out):
-            raise _unfit(w2, "data", 0, w13)
-        layout, rows, hidden, inner = "KN", hidden, rows, out
-    transposed = layout == "KN"
-    w13 = replace(w13, experts=experts, shape=(rows, hidden), transposed=transposed)
-    w2 = replace(w2, experts=experts, shape=(hidden, inner), transposed=transposed)
-    if not plain:
+        raise _unfit(w2, "data", 0, w13)
+    w13 = replace(w13, experts=experts, shape=(rows, hidden))
+    w2 = replace(w2, experts=experts, shape=(hidden, inner))
+    if "scale" in w13.endings:
         unit = w13.method.parts["scale"].unit[0]
         stored = files.header(w13.name("scale", 0))[0][1:2]
         w13 = replace(w13, halves=unit != 1 and stored == (2 * _ceil(inner, unit),))
+    ignored = {p.prefix(0) + ending for p in (w13, w2) for ending in p.method.ignored}
     return Layer(
         w13=(w13,),
         w2=w2,
-        consumed=frozenset(p.name(part, 0) for p in (w13, w2) for part in p.endings),
+        consumed=frozenset(ignored | {p.name(part, 0) for p in (w13, w2) for part in p.endings}),
         experts=experts,
         hidden=hidden,
         intermediate=inner,
         interleaved=interleaved,
-        weight_layout=layout,
+        weight_layout="KN" if plain and w13.transposed else "NK",  # codes are put together anew
     )
 
 
