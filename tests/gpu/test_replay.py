@@ -11,6 +11,7 @@ from triton.runtime.jit import JITFunction
 from fusedmoe import functional, fused_experts, softmax_topk
 from fusedmoe.backends import launch as launches
 from fusedmoe.errors import DTypeError, GradientError, LayoutError, OptionError, ShapeError
+from fusedmoe.modular import Experts
 from fusedmoe.schemes import format_of
 from fusedmoe.testing.cases import random_matrix
 from fusedmoe.testing.verify import verify
@@ -125,3 +126,21 @@ def test_what_was_right_once_is_checked_when_it_differs():
         fused_experts(x._neg_view(), w13, w2, weights, ids)
     other = fused_experts(x, w13, w2, weights, ids, activation="gelu")
     assert verify(other, (x, w13, w2, weights, ids), {"activation": "gelu"}).ok
+
+
+@pytest.mark.parametrize("tokens", [1, 64, 1024])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_the_output_may_lie_in_the_first_workspace(scheme, tokens):
+    """Also where it is larger than the intermediate of its slots, as in shards of tensor parallelism."""
+    x, w13, w2, weights, ids = layer(scheme, tokens, 0, top_k=8, hidden=2048, intermediate=128)
+    want = fused_experts(x, w13, w2, weights, ids)
+    assert verify(want, (x, w13, w2, weights, ids), {}).ok
+    experts = Experts(w13, w2)
+    shapes = experts.workspace_shapes(*ids.shape, x.dtype)
+    for _ in range(2):
+        first, second = (
+            torch.full((size,), float("nan"), dtype=x.dtype, device="cuda")
+            for size in (max(shapes.workspace13[0], x.numel()), shapes.workspace2[0])
+        )
+        output = first[: x.numel()].view(x.shape)
+        assert torch.equal(experts.apply(output, x, weights, ids, first, second), want)
