@@ -58,14 +58,19 @@ class Projection:
         """What the names of an expert's tensors begin with."""
         return self.head if self.tail is None else f"{self.head}{expert}{self.tail}"
 
+    def names(self) -> set[str]:
+        """Every tensor name of these experts, also of tensors that add nothing."""
+        endings = (*self.endings.values(), *self.method.ignored)
+        return {self.prefix(expert) + ending for expert in range(self.experts) for ending in endings}
+
     def swapped(self, part: str) -> bool:
         """Whether columns come first in the tensor of a part."""
         return self.transposed or self.method.parts[part].transposed
 
-    def shared(self, part: str) -> bool:
-        """Whether a part is one number, and one of all experts."""
-        one = self.tail is None and self.method.parts[part].unit == (0, 0)
-        return one and self.files.header(self.name(part, 0))[0] in ((), (1,))
+    def alone(self, part: str) -> bool:
+        """Whether the tensor of a part has no side for experts: it is of one, or one number of all."""
+        one = self.method.parts[part].unit == (0, 0)
+        return self.tail is not None or one and self.files.header(self.name(part, 0))[0] in ((), (1,))
 
     def form(self, block: tuple[int, int] | None = None) -> Format | None:
         """Format of the codes, with other blocks if given; None when not quantised."""
@@ -145,7 +150,7 @@ class Projection:
         counts = self.counts(part)[:: -1 if swapped else 1]
         # Sides of 1 may be left out where they are stored, so that sides are paired by those that are longer.
         sides = [slice(r.start, r.stop) for r, count in zip(ranges, counts, strict=True) if count != 1]
-        index: list[int | slice] = [] if self.tail is not None or self.shared(part) else [expert]
+        index: list[int | slice] = [] if self.alone(part) else [expert]
         index += [sides.pop(0) if sides and size != 1 else slice(None) for size in shape[len(index) :]]
         tensor = self.files.read(name, tuple(index))
         tensor = tensor.reshape(len(ranges[0]), len(ranges[1]), *self.method.parts[part].trailing)
@@ -162,7 +167,7 @@ class Projection:
                 counts.reverse()
             for expert in experts if self.tail is not None else experts[:1]:
                 shape, kind = self.files.header(self.name(part, expert))
-                lead = () if self.tail is not None or self.shared(part) else (self.experts,)
+                lead = () if self.alone(part) else (self.experts,)
                 own = shape[len(lead) :]
                 fits = shape[: len(lead)] == lead and _long(own) == _long((*counts, *stored.trailing))
                 sides = part != "data" or len(own) == 2 + len(stored.trailing)
@@ -337,12 +342,10 @@ def _separate_layer(files: Files, block: str, names: list[str]) -> Layer:
         raise _unfit(w13[1], next(part for part in both if w13[1].types[part] != w13[0].types[part]), 0, w13[0])
     if w13[0].method == PLAIN == w2.method and w2.types["data"] != w13[0].types["data"]:
         raise _unfit(w2, "data", 0, w13[0])
-    ignored = {p.prefix(e) + ending for e in range(experts) for p in (*w13, w2) for ending in p.method.ignored}
-    consumed = {p.name(part, e) for p in (*w13, w2) for part in p.endings for e in range(experts)}
     return Layer(
         w13=tuple(w13),
         w2=w2,
-        consumed=frozenset(consumed | ignored),
+        consumed=frozenset().union(*(p.names() for p in (*w13, w2))),
         experts=experts,
         hidden=hidden,
         intermediate=intermediate,
@@ -389,11 +392,10 @@ def _fused_layer(files: Files, block: str, fused: tuple[str, str]) -> Layer:
         unit = w13.method.parts["scale"].unit[0]
         stored = files.header(w13.name("scale", 0))[0][1:2]
         w13 = replace(w13, halves=unit != 1 and stored == (2 * _ceil(inner, unit),))
-    ignored = {p.prefix(0) + ending for p in (w13, w2) for ending in p.method.ignored}
     return Layer(
         w13=(w13,),
         w2=w2,
-        consumed=frozenset(ignored | {p.name(part, 0) for p in (w13, w2) for part in p.endings}),
+        consumed=frozenset(w13.names() | w2.names()),
         experts=experts,
         hidden=hidden,
         intermediate=inner,
