@@ -11,7 +11,7 @@ __all__ = ["teach_interpreter"]
 
 
 def teach_interpreter() -> None:
-    """Let Triton's interpreter compute as a device does, and without what takes two thirds of its time."""
+    """Let Triton's interpreter compute as a device does, and without what takes most of its time."""
     from triton.runtime.interpreter import InterpreterBuilder
 
     if not getattr(InterpreterBuilder, "_fusedmoe", False):
@@ -84,7 +84,7 @@ def _correct_arithmetic() -> None:
 
 
 def _shorten_detours() -> None:
-    """Three of the interpreter (3.5 to 3.9), which change no result.
+    """Three of the interpreter (3.5 to 3.9), which change no result. Retire when it takes none of them.
 
     For each call of a device function it searches all of the language for what is not replaced yet, although the
     kernel's launch did; for each operation it makes a table of types; and ``tl.sort`` exchanges by a reduction with
